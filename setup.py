@@ -1,0 +1,28 @@
+"""Installs `proteingpt`. Exact versions live in constraints.txt; the reason for each dependency in the README."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="proteingpt",
+    version="0.1.0",
+    description="ProteinGPT (arXiv 2408.11363) as a DeepSpeed trainer: frozen ESM-2 and ESM-IF1, one projection each, any causal LM",
+    python_requires=">=3.11",
+    packages=find_packages(include=["proteingpt", "proteingpt.*"]),
+    package_data={"proteingpt": ["recipes/*.yaml"]},
+    install_requires=[
+        "torch>=2.13",
+        "deepspeed>=0.19.6",
+        "fair-esm>=2.0",
+        "transformers>=5.0",
+        "webdataset>=1.0",
+        "mpi4py>=4.0",
+        "biotite>=1.6",
+        "tensorboard>=2.20",
+        "numpy>=2.0",
+        "safetensors",
+        "tokenizers",
+        "sentencepiece",
+        "pyyaml",
+    ],
+    extras_require={"test": ["pytest", "hypothesis", "gemmi"]},
+)
