@@ -1,0 +1,411 @@
+"""What is learned: a recipe, as typed dataclasses filled from YAML and from the command line.
+
+Each fact has one home: the recipe says what is learned (model, data, schedule, batch), the DeepSpeed JSON says how it
+runs (ZeRO stage, offload, precision, clipping). A setting is checked where it is born, and its error names its path,
+its value and what was expected. The resolved recipe is saved with the run and can be run again.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+RECIPES_DIR = Path(__file__).parent / "recipes"
+STAGES = ("align", "instruct")
+
+# DeepSpeed keys whose fact lives in the recipe, with the settings that own it.
+RECIPE_OWNS = {
+    "train_batch_size": "align.samples_per_step / instruct.samples_per_step",
+    "train_micro_batch_size_per_gpu": "align.samples_per_step / instruct.samples_per_step",
+    "gradient_accumulation_steps": "align.samples_per_step / instruct.samples_per_step",
+    "optimizer": "align.init_lr, betas, weight_decay and those of instruct",
+    "scheduler": "align.warmup_steps, init_lr, min_lr and those of instruct",
+}
+# The reverse: what people look for in a recipe and find in the JSON.
+JSON_OWNS = ("zero_optimization", "zero_stage", "stage", "precision", "bf16", "fp16", "gradient_clipping", "offload")
+
+
+class ConfigError(ValueError):
+    """A setting the user gave is wrong. The message names its path, its value and what was expected."""
+
+
+def require(condition: bool, name: str, value, expected: str):
+    if not condition:
+        raise ConfigError(f"{name} is {value!r}, expected {expected}")
+
+
+def setting(help: str, **kwargs):
+    """A dataclass field with the sentence that --help shows for it."""
+    return field(metadata={"help": help}, **kwargs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    llm: str | None = setting("directory of a causal LM in Hugging Face format", default=None)
+    train: Literal["projector", "full"] = setting("what trains: the two projections, or the LLM as well")
+    init_from: str | None = setting("exported model directory whose weights the first stage starts from", default=None)
+    activation_checkpointing: bool = setting("recompute LLM activations in the backward pass", default=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodersConfig:
+    esm2: str | None = setting("ESM-2: a published name, or the path of a fair-esm .pt file", default=None)
+    esm_if1: str | None = setting("ESM-IF1: the published name, or the path of a fair-esm .pt file", default=None)
+    weights_dir: str = setting("where published names are looked for first", default="weights")
+    dtype: Literal["float32", "bfloat16", "float16"] = setting("precision of the frozen encoders", default="bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    shards: str | None = setting("directory written by launch/build_shards.py", default=None)
+    max_residues: int | None = setting("longer proteins are left out, and counted in the log", default=None)
+
+    def __post_init__(self):
+        require(self.max_residues is None or self.max_residues > 0, "max_residues", self.max_residues, "> 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    template: Literal["paper", "released"] = setting("wording of the prompt: the paper's, or the released code's")
+    epochs: int = setting("passes over the training split")
+    max_steps: int | None = setting("end the stage (and its schedule) after so many steps", default=None)
+    samples_per_step: int = setting("question/answer pairs in an optimizer step, over all ranks")
+    questions_per_group: int = setting("questions that share one encoding of their protein")
+    max_answer_tokens: int = setting("answers are cut to so many tokens, end symbol included")
+    warmup_steps: int = setting("steps of linear warm-up from warmup_lr to init_lr")
+    warmup_lr: float = setting("learning rate of the first step")
+    init_lr: float = setting("learning rate at the end of warm-up")
+    min_lr: float = setting("learning rate at the end of the cosine")
+    cosine_from: Literal["warmup", "start"] = setting(
+        "the cosine's origin: the end of warm-up (continuous), or step 0 as in the released code", default="warmup"
+    )
+    betas: tuple[float, float] = setting("AdamW's moment decay rates")
+    weight_decay: float = setting("AdamW's weight decay; none on biases, norms and other vectors")
+
+    def __post_init__(self):
+        for name in ("epochs", "samples_per_step", "questions_per_group", "max_answer_tokens"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
+        require(self.max_steps is None or self.max_steps > 0, "max_steps", self.max_steps, "> 0")
+        require(
+            self.questions_per_group <= self.samples_per_step,
+            "questions_per_group",
+            self.questions_per_group,
+            f"<= samples_per_step ({self.samples_per_step}): a group is never split over two steps",
+        )
+        require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, ">= 0")
+        require(
+            0 <= self.min_lr <= self.init_lr,
+            "min_lr",
+            self.min_lr,
+            f"between 0 and init_lr ({self.init_lr})",
+        )
+        require(0 <= self.warmup_lr <= self.init_lr, "warmup_lr", self.warmup_lr, f"<= init_lr ({self.init_lr})")
+        require(all(0 <= beta < 1 for beta in self.betas), "betas", self.betas, "two numbers in [0, 1)")
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, ">= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    every_steps: int | None = setting("evaluate each so many steps, and at a stage's end; null: only there", default=None)
+    num_proteins: int = setting("held-out proteins that are asked their questions", default=64)
+    questions_per_protein: int = setting("questions asked of each at most", default=30)
+    max_new_tokens: int = setting("longest generated answer, in tokens", default=300)
+    num_texts: int = setting("question, answer and prediction texts shown in TensorBoard", default=4)
+
+    def __post_init__(self):
+        for name in ("num_proteins", "questions_per_protein", "max_new_tokens"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
+        require(self.every_steps is None or self.every_steps > 0, "every_steps", self.every_steps, "> 0, or null")
+        require(self.num_texts >= 0, "num_texts", self.num_texts, ">= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every_steps: int = setting("save each so many steps, and at a stage's end", default=1000)
+    keep_last: int = setting("checkpoints kept of each stage", default=2)
+
+    def __post_init__(self):
+        require(self.every_steps > 0, "every_steps", self.every_steps, "> 0")
+        require(self.keep_last > 0, "keep_last", self.keep_last, "> 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    directory: str = setting("where the demo's shards, random encoders and random LLM are made", default="shards/demo")
+    num_proteins: int = setting("synthetic proteins to make")
+    llm_width: int = setting("width of the random LLM")
+    llm_layers: int = setting("layers of the random LLM")
+
+    def __post_init__(self):
+        require(self.num_proteins >= 10, "num_proteins", self.num_proteins, ">= 10")
+        for name in ("llm_width", "llm_layers"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A stage runs if its section is there: align, then instruct."""
+
+    recipe: str = setting("name of the recipe this began as")
+    seed: int = setting("seed of the sample order and of every random initialisation", default=42)
+    model: ModelConfig = setting("the language model")
+    encoders: EncodersConfig = setting("the frozen protein encoders", default=EncodersConfig())
+    data: DataConfig = setting("the shards", default=DataConfig())
+    align: StageConfig | None = setting("stage 1: protein -> its description", default=None)
+    instruct: StageConfig | None = setting("stage 2: protein + question -> answer", default=None)
+    evaluation: EvaluationConfig = setting("held-out loss and answers", default=EvaluationConfig())
+    checkpoint: CheckpointConfig = setting("saving", default=CheckpointConfig())
+    demo: DemoConfig | None = setting("makes what is missing for a run on a fresh machine", default=None)
+
+    def __post_init__(self):
+        require(self.seed >= 0, "seed", self.seed, ">= 0")
+        require(bool(self.stages), "align / instruct", None, "at least one of the two sections")
+
+    @property
+    def stages(self) -> dict[str, StageConfig]:
+        """The stages to run, in order."""
+        return {name: getattr(self, name) for name in STAGES if getattr(self, name) is not None}
+
+
+# ---------------------------------------------------------------------------------------------- from plain values
+
+
+def from_dict(cls, values, path: str = ""):
+    """Build the config class `cls` from plain YAML values. ConfigError names the path of what does not fit."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path or 'the recipe'} is {values!r}, expected a section with the fields of {cls.__name__}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for name in values:
+        if name not in fields:
+            raise ConfigError(unknown_field(join(path, str(name)), fields))
+    missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in values]
+    if missing:
+        raise ConfigError(f"{join(path, missing[0])} is not set, and has no default: {fields[missing[0]].metadata['help']}")
+    hints = typing.get_type_hints(cls)
+    converted = {name: convert(hints[name], value, join(path, name)) for name, value in values.items()}
+    try:
+        return cls(**converted)
+    except ConfigError as error:
+        raise ConfigError(join(path, str(error))) from None
+
+
+def unknown_field(path: str, fields) -> str:
+    name = path.rpartition(".")[2]
+    if name in JSON_OWNS:
+        return f"{path} is not a recipe field: how a run is executed belongs in the DeepSpeed JSON (--ds_config)"
+    close = difflib.get_close_matches(name, fields, n=1)
+    hint = f"did you mean {join(path.rpartition('.')[0], close[0])}?" if close else f"known here: {', '.join(fields)}"
+    return f"{path} is not a recipe field; {hint}"
+
+
+def convert(kind, value, path: str):
+    """`value` as the annotated type `kind`, or ConfigError. Integers serve as floats; 1e-4, a string in YAML, too."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return convert(next(a for a in args if a is not type(None)), value, path)
+    if origin is Literal:
+        require(value in args, path, value, "one of " + ", ".join(args))
+        return value
+    if origin is tuple:
+        right = isinstance(value, (list, tuple)) and len(value) == len(args)
+        require(right, path, value, f"a list of {len(args)} {args[0].__name__}s")
+        return tuple(convert(a, v, f"{path}[{i}]") for i, (a, v) in enumerate(zip(args, value)))
+    if dataclasses.is_dataclass(kind):
+        return from_dict(kind, value, path)
+    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except (ValueError, OverflowError):
+            number = math.nan
+        require(math.isfinite(number), path, value, "a finite number")
+        return number
+    elif kind in (int, bool) and type(value) is kind or kind is str and isinstance(value, str):
+        return value
+    raise ConfigError(f"{path} is {value!r}, expected {kind.__name__}")
+
+
+def join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+# ------------------------------------------------------------------------------------------------ recipes on disk
+
+
+def recipe_names() -> list[str]:
+    return sorted(p.stem for p in RECIPES_DIR.glob("*.yaml"))
+
+
+def read_recipe(name_or_path: str) -> dict:
+    """The plain values of a recipe: a name in proteingpt/recipes, or the path of a YAML file."""
+    is_name = not name_or_path.endswith((".yaml", ".yml"))
+    path = RECIPES_DIR / f"{name_or_path}.yaml" if is_name else Path(name_or_path)
+    if not path.is_file():
+        raise ConfigError(f"no recipe {name_or_path!r}: give one of {', '.join(recipe_names())}, or the path of a .yaml file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not readable YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds {type(values).__name__}, expected the sections of a recipe")
+    return {"recipe": path.stem, **values}
+
+
+def save_recipe(config: RunConfig, path: Path):
+    values = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists, which YAML reads back
+    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+
+def flatten(config, path: str = "") -> dict:
+    """{path: value} of every setting, for comparing two recipes."""
+    flat = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            flat.update(flatten(value, join(path, f.name)))
+        else:
+            flat[join(path, f.name)] = value
+    return flat
+
+
+def differences(before: RunConfig, after: RunConfig) -> list[str]:
+    """One line for each setting in which two recipes differ."""
+    old, new = flatten(before), flatten(after)
+    return [
+        f"{path}: was {old.get(path)!r}, is {new.get(path)!r}"
+        for path in sorted(old.keys() | new.keys())
+        if old.get(path) != new.get(path)
+    ]
+
+
+# -------------------------------------------------------------------------------------------------- DeepSpeed JSON
+
+
+def read_ds_config(path: str) -> dict:
+    """The DeepSpeed JSON, checked against the one-home rule."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--ds_config {path}: {error.strerror}; ds_configs/ holds ready ones") from None
+    except ValueError as error:
+        raise ConfigError(f"--ds_config {path} is not readable JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"--ds_config {path} holds {type(values).__name__}, expected an object")
+    for key, owner in RECIPE_OWNS.items():
+        if key in values:
+            raise ConfigError(f"{key} stands in {path} and its fact in the recipe ({owner}): remove it from {path}")
+    for key, value in flatten_json(values):
+        if value == "auto":
+            raise ConfigError(f"{key} in {path} is 'auto', expected a value: nothing here fills it in")
+    return values
+
+
+def flatten_json(values: dict, path: str = ""):
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from flatten_json(value, join(path, key))
+        else:
+            yield join(path, key), value
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+@dataclass(frozen=True)
+class Command:
+    """What `launch/train.py` was asked to do."""
+
+    config: RunConfig
+    ds_config: dict
+    output: Path
+
+
+def setting_paths(cls=RunConfig, path: str = "") -> dict[str, tuple]:
+    """{path: (annotated type, dataclass field)} of every setting that the command line can override."""
+    paths = {}
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        section = next((t for t in (hints[f.name], *typing.get_args(hints[f.name])) if dataclasses.is_dataclass(t)), None)
+        if section:
+            paths.update(setting_paths(section, join(path, f.name)))
+        elif f.name != "recipe":
+            paths[join(path, f.name)] = (hints[f.name], f)
+    return paths
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="deepspeed launch/train.py",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Train ProteinGPT. Without --recipe it runs the demo, which needs nothing but this repository.",
+        epilog="Any field of the recipe can be overridden: --section.field VALUE (null for none).",
+    )
+    parser.add_argument("--ds_config", required=True, help="DeepSpeed JSON: how it runs (see ds_configs/)")
+    parser.add_argument("--recipe", default="demo", help=f"what is learned: {', '.join(recipe_names())}, or a .yaml file")
+    parser.add_argument("--data", help="shard directory (short for --data.shards)")
+    parser.add_argument("--llm", help="directory of the language model (short for --model.llm)")
+    parser.add_argument("--output", help="run directory, continued if it exists [runs/RECIPE]")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    group = parser.add_argument_group("fields of the recipe")
+    for path, (kind, f) in setting_paths().items():
+        group.add_argument(f"--{path}", metavar=type_name(kind), dest=path, default=None, help=f.metadata["help"])
+    return parser
+
+
+def type_name(kind) -> str:
+    if typing.get_origin(kind) is Literal:
+        return "|".join(typing.get_args(kind))
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return type_name(typing.get_args(kind)[0])
+    return getattr(kind, "__name__", str(kind)) if typing.get_origin(kind) is None else str(kind)
+
+
+def parse_command(argv: list[str]) -> Command:
+    """The command line of launch/train.py. Raises ConfigError; argparse exits on --help and unknown options."""
+    args = vars(make_parser().parse_args(argv))
+    values = read_recipe(args["recipe"])
+    overrides = {
+        path: parse_override(path, kind, args[path])
+        for path, (kind, _) in setting_paths().items()
+        if args[path] is not None
+    }
+    for short, path in (("data", "data.shards"), ("llm", "model.llm")):
+        if args[short] is not None:
+            if path in overrides:
+                raise ConfigError(f"--{short} and --{path} are the same setting: give one of them")
+            overrides[path] = args[short]
+    for path, value in overrides.items():
+        override(values, path, value)
+    config = from_dict(RunConfig, values)
+    return Command(config, read_ds_config(args["ds_config"]), Path(args["output"] or f"runs/{config.recipe}"))
+
+
+def parse_override(path: str, kind, text: str):
+    """The plain value of `--path text`, as YAML reads it. A string stays as typed: a directory may be called 2024."""
+    if str in (kind, *typing.get_args(kind)):
+        return None if text == "null" else text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--{path} is {text!r}, expected {type_name(kind)}") from None
+
+
+def override(values: dict, path: str, value):
+    *sections, name = path.split(".")
+    for section in sections:
+        if section in (*STAGES, "demo") and values.get(section) is None:
+            raise ConfigError(f"--{path}: recipe {values['recipe']} has no section {section}")
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            return  # from_dict names it: a recipe's section that is none
+    values[name] = value
