@@ -1,0 +1,95 @@
+"""The real command, in a process of its own, on hand-made structure files, some of them broken."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from proteingpt.data.shards import ShardSet
+
+REPOSITORY = Path(__file__).parents[2]
+THREE_LETTERS = dict(A="ALA", C="CYS", D="ASP", G="GLY", K="LYS")
+
+
+def pdb_text(entry: str, chain: str, letters: str) -> str:
+    sequence = "".join(f" {THREE_LETTERS[letter]}" for letter in letters)
+    lines = [
+        f"HEADER    TRANSPORT PROTEIN                       02-JAN-94   {entry.upper()}",
+        f"TITLE     STRUCTURE OF {entry.upper()}",
+        f"SEQRES   1 {chain} {len(letters):4d} {sequence}",
+    ]
+    for number, letter in enumerate(letters, 1):
+        for offset, name in enumerate(("N", "CA", "C")):
+            lines.append(
+                f"ATOM  {3 * number + offset:5d}  {name:<3s} {THREE_LETTERS[letter]} {chain}{number:4d}    "
+                f"{3.8 * number + offset:8.3f}{1.0:8.3f}{2.0:8.3f}{1.0:6.2f}{10.0:6.2f}           {name[0]}"
+            )
+    return "\n".join(lines + ["TER", "END", ""])
+
+
+def cif_text(entry: str, letters: str) -> str:
+    rows = "\n".join(
+        f"ATOM {name[0]} {name} {THREE_LETTERS[letter]} A {number} {number} {3.8 * number + offset:.3f} 1.0 2.0"
+        for number, letter in enumerate(letters, 1)
+        for offset, name in enumerate(("N", "CA", "C"))
+    )
+    columns = "group_PDB type_symbol label_atom_id label_comp_id label_asym_id label_seq_id auth_seq_id".split()
+    header = "\n".join(f"_atom_site.{column}" for column in columns + ["Cartn_x", "Cartn_y", "Cartn_z"])
+    return f"data_{entry.upper()}\n_entry.id {entry.upper()}\n#\nloop_\n{header}\n{rows}\n#\n"
+
+
+@pytest.fixture
+def structures(tmp_path):
+    directory = tmp_path / "structures"
+    directory.mkdir()
+    for n in range(1, 5):
+        (directory / f"{n}abc.pdb").write_text(pdb_text(f"{n}abc", "A", "ACDG" + "K" * n))
+    (directory / "5abc.cif").write_text(cif_text("5abc", "ACDGG"))
+    (directory / "6cut.cif").write_text(cif_text("6cut", "ACDGG")[:-30])
+    (directory / "7txt.pdb").write_text("This is no structure.\n")
+    (directory / "8chb.pdb").write_text(pdb_text("8chb", "B", "ACDG"))
+    return directory
+
+
+def run(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "launch/build_shards.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+
+
+def test_the_command_builds_shards_and_says_what_it_left_out(structures, tmp_path):
+    out = tmp_path / "out"
+    done = run("--structures", structures, "--out", out, "--workers", 2)
+    assert done.returncode == 0, done.stderr
+    assert "8 structure files, 8 entries, 5 samples, 3 skipped" in done.stdout
+    assert "skipped, unreadable: 2" in done.stdout and "skipped, no such protein chain: 1" in done.stdout
+    assert "train: 4 samples" in done.stdout and "test: 1 samples" in done.stdout
+    last = done.stdout.splitlines()[-1]
+    assert "deepspeed launch/train.py --ds_config ds_configs/zero2.json --recipe" in last
+    assert last.endswith(f"--data {out}")
+    assert "8/8 entries" in done.stderr and "3 skipped" in done.stderr
+    keys = sum((ShardSet(out, split).keys for split in ("train", "test")), [])
+    assert sorted(keys) == ["1abc_A", "2abc_A", "3abc_A", "4abc_A", "5abc_A"]
+    rows = [line.split("\t") for line in (out / "skipped.tsv").read_text().splitlines()[1:]]
+    assert [row[0] for row in rows] == ["6cut.cif", "7txt.pdb", "8chb.pdb"] and all(row[3] and row[4] for row in rows)
+    assert json.loads((out / "report.json").read_text())["num_skipped"] == 3
+
+
+def test_the_command_ends_with_a_message_and_a_code_when_it_refuses(structures, tmp_path):
+    out = tmp_path / "out"
+    refused = run("--structures", structures, "--out", out, "--chain", "Z")
+    assert refused.returncode == 1 and refused.stdout == ""
+    assert "build_shards: none of 8 entries gave a sample" in refused.stderr and "Traceback" not in refused.stderr
+    assert run("--structures", structures, "--out", out).returncode == 0
+    again = run("--structures", structures, "--out", out)
+    assert again.returncode == 1 and "already holds shards" in again.stderr and "--overwrite" in again.stderr
+    assert run("--structures", structures, "--out", out, "--overwrite").returncode == 0
+
+
+def test_help_explains_every_option():
+    shown = run("--help").stdout
+    for option in "structures out chain test_fraction seed samples_per_shard min_residues max_residues".split():
+        assert f"--{option} " in shown
+    for option in ("max_failed_share", "overwrite", "workers"):
+        assert f"--{option}" in shown
