@@ -1,0 +1,196 @@
+"""Our ESM-IF1 rows are those of fair-esm; missing residues are missing, not padding; the frame is the deposited one."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.transform import Rotation
+
+from proteingpt.encoders import fair_esm, load_esm_if1
+from proteingpt.encoders.esm_if1 import code_name, inputs_of
+
+
+def relative_error(found, wanted) -> float:
+    return ((found.float() - wanted).norm() / wanted.norm()).item()
+
+
+@pytest.fixture(scope="module")
+def encoder(esm_if1_file):
+    return load_esm_if1(str(esm_if1_file))
+
+
+@pytest.fixture(scope="module")
+def published(esm_if1_file, load_with_fair_esm):
+    """fair-esm's whole model and its alphabet, with the same weights."""
+    return load_with_fair_esm(esm_if1_file, "esm_if1_tiny")
+
+
+def rows_of_fair_esm(model, alphabet, coords, confidence=None):
+    """fair-esm's batch converter and encoder, all L + 2 rows (its get_encoder_output cuts the first and last)."""
+    convert = fair_esm.inverse_folding().util.CoordBatchConverter(alphabet)
+    coords, confidence, _, _, padding = convert([(coords, confidence, None)])
+    with torch.no_grad():
+        return model.encoder(coords, padding, confidence)["encoder_out"][0][:, 0]
+
+
+def test_a_complete_chain_equals_fair_esms_utility(encoder, published, make_protein):
+    protein = make_protein(60)
+    rows = encoder.encode([protein])[0]
+    with torch.no_grad():
+        wanted = fair_esm.inverse_folding().util.get_encoder_output(*published, protein.backbone)
+    assert rows.shape == (62, encoder.width) == (62, 64)
+    assert relative_error(rows[1:-1], wanted) < 1e-6
+    assert relative_error(rows, rows_of_fair_esm(*published, protein.backbone)) < 1e-6
+
+
+def test_names_of_the_published_file_are_mapped_as_fair_esm_does():
+    """Pairs read off fair-esm's `update_name`."""
+    for published, code in {
+        "encoder.gvp_encoder.W_v.0.ws.weight": "encoder.gvp_encoder.embed_graph.embed_node.0.ws.weight",
+        "encoder.gvp_encoder.W_e.1.scalar_norm.bias": "encoder.gvp_encoder.embed_graph.embed_edge.1.scalar_norm.bias",
+        "encoder.gvp_encoder.embed_score.bias": "encoder.gvp_encoder.embed_graph.embed_confidence.bias",
+        "encoder.embed_scores.0.weight": "encoder.embed_confidence.weight",
+        "encoder.embed_ingraham_features.norm_nodes.gain": "encoder.embed_dihedrals.norm_nodes.gain",
+        "encoder.embed_gvp_in_local_frame.0.weight": "encoder.embed_gvp_output.weight",
+        "encoder.embed_features_in_local_frame.0.bias": "encoder.embed_gvp_input_features.bias",
+        "encoder.layers.0.fc1.weight": "encoder.layers.0.fc1.weight",
+    }.items():
+        assert code_name(published) == code
+
+
+def test_inputs_by_hand(make_protein):
+    protein = make_protein(3)
+    protein.backbone[1, 2, 0] = np.nan
+    coords, confidence = inputs_of(protein)
+    assert np.isposinf(coords[[0, 2, 4]]).all()
+    assert np.array_equal(coords[[1, 3]], protein.backbone[[0, 2]])
+    assert confidence.tolist() == [0, 1, 0, 1, 0]
+    assert coords.dtype == confidence.dtype == np.float32
+
+
+def test_predicted_structures_bring_their_confidence(encoder, published, make_protein):
+    plddt = np.linspace(0.3, 0.9, 20, dtype=np.float32)
+    protein = make_protein(20, missing=[4], confidence=plddt)
+    assert inputs_of(protein)[1][1:-1].tolist() == [0 if i == 4 else value for i, value in enumerate(plddt.tolist())]
+    rows = encoder.encode([protein])[0]
+    coords = np.where(np.isnan(protein.backbone), np.inf, protein.backbone)
+    assert relative_error(rows, rows_of_fair_esm(*published, coords, plddt.tolist())) < 1e-6
+    assert relative_error(rows, encoder.encode([make_protein(20, missing=[4])])[0]) > 0.01
+
+
+def test_a_confidence_that_is_not_a_share_is_refused(encoder, make_protein):
+    for wrong in (87.5, -0.1, np.nan):
+        confidence = np.full(6, 0.9, np.float32)
+        confidence[2] = wrong
+        with pytest.raises(ValueError, match=r"protein test_A: confidence .* wanted 0..1 \(pLDDT / 100\)"):
+            encoder.encode([make_protein(6, confidence=confidence)])
+        encoder.encode([make_protein(6, confidence=confidence, missing=[2])])
+
+
+@pytest.mark.parametrize("missing", [[0], [19], [7], [5, 6, 7, 8], [0, 1, 10, 18, 19]])
+def test_missing_residues_are_attended_to_as_missing(encoder, published, make_protein, missing):
+    """To fair-esm inf is a missing residue and NaN is padding; what is NaN in ours must reach it as inf."""
+    protein = make_protein(20, missing=missing)
+    rows = encoder.encode([protein])[0]
+    assert rows.isfinite().all()
+    as_inf = np.where(np.isnan(protein.backbone), np.inf, protein.backbone)
+    assert relative_error(rows, rows_of_fair_esm(*published, as_inf)) < 1e-6
+    as_padding = rows_of_fair_esm(*published, protein.backbone)
+    assert relative_error(rows, as_padding) > 1e-3, "padding does no harm here: this test proves nothing"
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("atom", [0, 1, 2])
+def test_one_missing_atom_makes_the_whole_residue_missing(encoder, make_protein, atom, value):
+    whole, part = make_protein(15, missing=[6]), make_protein(15)
+    part.backbone[6, atom, 1] = value
+    assert torch.equal(encoder.encode([whole])[0], encoder.encode([part])[0])
+    assert not torch.equal(encoder.encode([whole])[0], encoder.encode([make_protein(15)])[0])
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 40])
+def test_a_protein_without_any_coordinates_has_finite_rows(encoder, make_protein, length):
+    rows = encoder.encode([make_protein(length, missing=range(length))])[0]
+    assert rows.shape == (length + 2, 64) and rows.isfinite().all()
+
+
+def test_a_protein_of_one_residue(encoder, published, make_protein):
+    protein = make_protein(1)
+    rows = encoder.encode([protein])[0]
+    assert rows.shape == (3, 64) and rows.isfinite().all()
+    assert relative_error(rows, rows_of_fair_esm(*published, protein.backbone)) < 1e-6
+
+
+def test_rotation_changes_nothing(encoder, make_protein):
+    protein = make_protein(50, missing=[20, 21])
+    rows = encoder.encode([protein])[0]
+    for rotation in Rotation.random(5, rng=np.random.default_rng(0)):
+        turned = (protein.backbone @ rotation.as_matrix().T).astype(np.float32)
+        assert (encoder.encode([make_protein(50, backbone=turned)])[0] - rows).abs().max() < 1e-4
+
+
+def test_the_deposited_frame_is_kept(encoder, published, make_protein):
+    """A missing neighbour sits at the origin, so a shift shows in the rows beside it; centring would be an error."""
+    protein = make_protein(40)
+    shifted = make_protein(40, backbone=protein.backbone + np.float32([40, -25, 10]))
+    rows = encoder.encode([shifted])[0]
+    assert relative_error(rows, rows_of_fair_esm(*published, shifted.backbone)) < 1e-6
+    assert (rows - encoder.encode([protein])[0])[[0, 1, -2, -1]].abs().max() > 0.01
+
+
+def test_any_batch_gives_the_rows_of_each_alone(encoder, make_protein, monkeypatch):
+    """Also where a protein alone has fewer residues than neighbours are asked for, and the batch has more."""
+    monkeypatch.setattr("proteingpt.encoders.fair_esm.padded_batches.__defaults__", (0.0,))
+    lengths_and_gaps = [(1, []), (40, [3]), (7, [0]), (8, range(8)), (38, [37]), (40, []), (90, range(20, 40)), (2, [])]
+    proteins = [make_protein(length, seed=length, missing=gaps) for length, gaps in lengths_and_gaps]
+    alone = [encoder.encode([protein])[0] for protein in proteins]
+    for max_positions in (10_000, 100):
+        monkeypatch.setattr("proteingpt.encoders.esm_if1.MAX_POSITIONS", max_positions)
+        together = encoder.encode(proteins)
+        for protein, one, other in zip(proteins, alone, together, strict=True):
+            assert one.shape == other.shape == (len(protein) + 2, 64)
+            assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_half_precision_leaves_geometry_in_float32(esm_if1_file, encoder, make_protein):
+    protein = make_protein(80, missing=[30])
+    shifted = make_protein(80, backbone=protein.backbone + np.float32(60))
+    wanted = encoder.encode([shifted])[0]
+    half = load_esm_if1(str(esm_if1_file), dtype=torch.bfloat16)
+    rows = half.encode([shifted])[0]
+    assert rows.dtype == torch.bfloat16
+    dtypes = {name.split(".")[0]: parameter.dtype for name, parameter in half.module.named_parameters()}
+    assert {name for name, dtype in dtypes.items() if dtype == torch.bfloat16} == {"layers", "layer_norm"}
+    error = relative_error(rows, wanted)
+    assert error < 0.015
+
+    rounded = torch.from_numpy(shifted.backbone).bfloat16().float().numpy()
+    naive = relative_error(encoder.encode([make_protein(80, backbone=rounded)])[0], wanted)
+    assert naive > 3 * error, "rounded coordinates do no harm here: this test proves nothing"
+
+
+def test_no_proteins_no_rows(encoder):
+    assert encoder.encode([]) == []
+
+
+def test_rows_are_frozen_but_fit_for_autograd(encoder, make_protein):
+    assert not encoder.module.training
+    assert not any(parameter.requires_grad for parameter in encoder.module.parameters())
+    rows = encoder.encode([make_protein(5)])[0]
+    assert not rows.requires_grad and not rows.is_inference()
+    projection = torch.nn.Linear(64, 3)
+    projection(rows).sum().backward()
+    assert torch.allclose(projection.weight.grad[0], rows.sum(0), atol=1e-5)
+
+
+def test_an_autocast_region_of_the_caller_changes_nothing(encoder, make_protein):
+    protein = make_protein(30)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rows = encoder.encode([protein])[0]
+    assert torch.equal(rows, encoder.encode([protein])[0])
+
+
+def test_the_input_is_not_changed(encoder, make_protein):
+    protein = make_protein(10, missing=[3])
+    before = protein.backbone.copy()
+    encoder.encode([protein])
+    assert np.array_equal(before, protein.backbone, equal_nan=True)
