@@ -1,0 +1,8 @@
+"""python launch/chat.py --model RUN/model --structure FILE [--chain A] [--question "..."]"""
+
+import sys
+
+from proteingpt.inference.chat import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,43 @@
+"""What a model that never sees the protein scores: for each question, the commonest answer in training.
+
+Every accuracy of ours stands beside this one. Questions are told apart by their exact text.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+
+from proteingpt.evaluation.metrics import accuracy, normalise
+from proteingpt.protein import Turn
+
+
+def blind_answers(turns: Iterable[Turn]) -> dict[str, str]:
+    """Question -> its commonest answer among the training turns.
+
+    Answers are counted in their normalised form, since they are scored so; of equally common ones the first in sorted
+    order is taken, spelled as its first spelling in sorted order. So the order of the turns does not matter.
+    """
+    given = defaultdict(list)
+    for turn in turns:
+        given[turn.question].append(turn.answer)
+    return {question: _commonest(texts) for question, texts in given.items()}
+
+
+def blind_accuracy(training_turns: Iterable[Turn], test_turns: Iterable[Turn]) -> float:
+    """Accuracy of `blind_answers` on the test turns, 0 to 1.
+
+    A question that training did not hold gets the commonest answer over all training questions: the best guess left to
+    a blind model, so the baseline is not made to look worse than it is.
+    Raises ValueError where there are no training turns or no test turns.
+    """
+    training_turns, test_turns = list(training_turns), list(test_turns)
+    if not training_turns:
+        raise ValueError("no training turns: the blind baseline needs at least one answer to learn from")
+    guesses = blind_answers(training_turns)
+    fallback = _commonest([turn.answer for turn in training_turns])
+    return accuracy([guesses.get(turn.question, fallback) for turn in test_turns], [turn.answer for turn in test_turns])
+
+
+def _commonest(texts: list[str]) -> str:
+    counts = Counter(normalise(text) for text in texts)
+    winner = min(counts, key=lambda form: (-counts[form], form))
+    return min(text for text in texts if normalise(text) == winner)
