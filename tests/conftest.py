@@ -41,19 +41,3 @@ def qwen2(tmp_path_factory, demo_assets):
     return write_tiny_llm(
         directory, sorted(texts), family="qwen2", seed=3, width=32, vocab_size=320, initializer_range=0.1
     )
-
-
-@pytest.fixture(scope="session")
-def characters():
-    """Makes tokenizers of one id per character, its ASCII code, so that expected ids are written by hand:
-    1 is `<s>` (beginning), 2 is `</s>` (end)."""
-
-    def make(bos: str | None = "<s>", spare: str = "\x7f") -> PreTrainedTokenizerFast:
-        """spare: one more character of the vocabulary, to make another tokenizer."""
-        printable = {chr(code): code for code in (ord("\n"), *range(32, 127), ord(spare))}
-        tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, **printable}, unk_token="<unk>"))
-        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-        tokenizer.decoder = decoders.Fuse()
-        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token="</s>", unk_token="<unk>")
-
-    return make

@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from proteingpt.config import ModelConfig
 from proteingpt.data.prompts import Template
@@ -47,18 +48,33 @@ class ModelInfo:
 
 def load_tokenizer(directory: str):
     check_llm(directory)
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.llm: {directory} holds no tokenizer that transformers can load: {error}") from error
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer in {directory} has no end-of-sequence token; an answer could never end")
     return tokenizer
 
 
 def load_llm(directory: str, dtype: torch.dtype):
-    """Any causal LM of transformers from a local directory, with shared-prefix attention."""
+    """Any causal LM of transformers from a local directory, with shared-prefix attention.
+
+    ModelError where it cannot be loaded, or only in part: transformers would draw what is missing at random.
+    """
     check_llm(directory)
-    return AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype, attn_implementation=attention.NAME, local_files_only=True
-    )
+    try:
+        llm, loaded = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, attn_implementation=attention.NAME, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"model.llm: {directory} is no causal LM that transformers can load: {error}") from error
+    if loaded["missing_keys"]:
+        missing = sorted(loaded["missing_keys"])
+        raise ModelError(f"model.llm: the weights in {directory} lack {len(missing)} tensors, {missing[0]} among them")
+    # Its own habits of decoding, such as the repetition penalty of many a chat model, are no part of a greedy answer.
+    llm.generation_config = GenerationConfig()
+    return llm
 
 
 def check_llm(directory: str | None):
@@ -110,6 +126,8 @@ def load_projector(projector: Projector, directory: Path):
     path = directory / PROJECTOR_FILE
     try:
         projector.load_state_dict(load_file(path))
+    except SafetensorError as error:
+        raise ModelError(f"{path} is broken: {error}") from error
     except RuntimeError as error:
         raise ModelError(f"{path} does not fit this LLM and these encoders: {error}") from None
 
@@ -119,12 +137,16 @@ def trainable_names(model: ProteinGPT) -> list[str]:
 
 
 def set_weights(model: ProteinGPT, weights: dict[str, torch.Tensor]):
-    """Put saved trainable weights into a model whose parameters are not sharded yet. Every name must match."""
+    """Put saved trainable weights into a model that is not sharded yet. Every name and shape must match."""
     wanted = set(trainable_names(model))
     if wanted != set(weights):
         missing, extra = sorted(wanted - set(weights)), sorted(set(weights) - wanted)
         raise ModelError(f"saved weights do not match model.train: missing {missing[:3]}, not trained here {extra[:3]}")
     parameters = dict(model.named_parameters())
+    for name, value in weights.items():
+        if value.shape != parameters[name].shape:
+            found, shape = tuple(value.shape), tuple(parameters[name].shape)
+            raise ModelError(f"saved weights do not fit this model: {name} is {found}, wanted {shape}; another LLM?")
     with torch.no_grad():
         for name, value in weights.items():
             parameters[name].copy_(value)

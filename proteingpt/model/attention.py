@@ -12,6 +12,9 @@ from transformers import AttentionInterface
 
 NAME = "shared_prefix"
 
+# What some LLMs add to attention (Gemma-2's cap on scores, gpt-oss's sinks, relative positions): not computed here.
+UNSUPPORTED = ("softcap", "s_aux", "sinks", "position_bias")
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -32,9 +35,19 @@ def make_layout(group_starts: list[int], branch_ids: torch.Tensor) -> Layout:
     return Layout([(begin, end, group_mask(branch_ids[begin:end])) for begin, end in spans])
 
 
-def shared_prefix_attention(module, query, key, value, attention_mask=None, scaling=None, layout=None, **_):
-    """transformers' attention function. query: (1, H, T, D); key, value: (1, H or fewer, T, D) -> (1, T, H, D)."""
-    assert layout is not None, f"{type(module).__name__} does not hand its keyword arguments on to its attention function"
+def shared_prefix_attention(module, query, key, value, attention_mask=None, scaling=None, layout=None, **extra):
+    """transformers' attention function. query: (1, H, T, D); key, value: (1, H or fewer, T, D) -> (1, T, H, D).
+
+    ValueError where the LLM asks for an attention that this is not: ignored, it would learn in another model.
+    """
+    name = type(module).__name__
+    assert layout is not None, f"{name} does not hand its keyword arguments on to its attention function"
+    unsupported = [key for key in UNSUPPORTED if extra.get(key) is not None]
+    if unsupported:
+        raise ValueError(
+            f"{name} asks for {', '.join(unsupported)}, which shared-prefix attention does not compute: choose an LLM "
+            "without, such as Llama, Mistral or Qwen"
+        )
     grouped_query = key.shape[1] != query.shape[1]
     outputs = [
         F.scaled_dot_product_attention(

@@ -16,7 +16,7 @@ class ProteinGPT(nn.Module):
         self.llm = llm
 
     def forward(self, pack: Pack, structure_rows: list[torch.Tensor], sequence_rows: list[torch.Tensor]) -> torch.Tensor:
-        """Sum of the weighted losses of the pack's answer tokens, in nats: a float32 scalar (float64 of a float64 model).
+        """Sum of the weighted losses of the pack's answer tokens, in nats: a float32 scalar (float64 of such a model).
 
         A sum, not a mean: only the step knows how many answer tokens it has over all its packs and ranks.
         """

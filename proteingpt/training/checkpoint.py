@@ -61,8 +61,8 @@ def save(directory: Path, state: dict[str, dict[str, torch.Tensor]], progress: P
 
 
 def prune(directory: Path, newest: Path, keep_last: int):
-    """Keep `newest`, just written, and those before it up to `keep_last`. Later steps were broken, or the run would have
-    gone on from them; counted as kept, they would push whole ones out."""
+    """Keep `newest`, just written, and those before it, `keep_last` in all. Later ones are broken, or the run would
+    have gone on from them; counted as kept, they would push whole ones out."""
     kept = [path for path in checkpoints(directory) if step_of(path) <= step_of(newest)][:keep_last]
     for path in checkpoints(directory):
         if path not in kept:

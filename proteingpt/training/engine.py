@@ -68,7 +68,7 @@ class Engine:
         )
         self.world_size = self.deepspeed.world_size
         self.grad_norm = float("nan")
-        # DeepSpeed's wrapper of 16-bit stage 0 takes a step of its own when it is made: the optimizer must not have moved.
+        # DeepSpeed's wrapper of 16-bit stage 0 takes a step of its own when it is made: set the optimizer back to rest.
         self.make_moments(steps_done=0)
 
     @property
@@ -134,8 +134,8 @@ class Engine:
         return wrapper if isinstance(wrapper, torch.optim.Optimizer) else wrapper.optimizer
 
     def whole_masters(self) -> dict[str, torch.Tensor]:
-        """Stage 0, where nothing is cut up: the fp32 tensors that AdamW updates, which are the parameters themselves or,
-        in 16 bits, DeepSpeed's copies of them. Empty at other stages."""
+        """Stage 0, where nothing is cut up: the fp32 tensors that AdamW updates, by name: the parameters or, in 16
+        bits, DeepSpeed's copies of them. Empty at other stages."""
         wrapper = self.deepspeed.optimizer
         if isinstance(wrapper, torch.optim.Optimizer):
             return self.parameters

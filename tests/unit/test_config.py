@@ -173,7 +173,8 @@ def test_no_setting_that_would_fail_hours_later_is_accepted(path, value):
 def test_a_missing_required_field_is_named_with_what_it_means():
     values = run_values()
     del values["align"]["epochs"]
-    assert message(from_dict, RunConfig, values) == "align.epochs is not set, and has no default: passes over the training split"
+    said = message(from_dict, RunConfig, values)
+    assert said == "align.epochs is not set, and has no default: passes over the training split"
     assert "model.train is not set" in message(from_dict, RunConfig, {**run_values(), "model": {}})
 
 
@@ -194,7 +195,8 @@ def test_yaml_reads_1e_4_as_a_string_and_it_serves_as_a_number():
 def test_null_stands_for_none_only_where_none_is_a_value():
     assert from_dict(RunConfig, run_values(max_steps=None)).align.max_steps is None
     assert from_dict(RunConfig, {**run_values(), "instruct": None}).stages.keys() == {"align"}
-    assert message(from_dict, RunConfig, {**run_values(), "model": None}).startswith("model is None, expected a section")
+    said = message(from_dict, RunConfig, {**run_values(), "model": None})
+    assert said.startswith("model is None, expected a section")
 
 
 def test_stages_run_in_their_order_whatever_the_order_in_the_file():

@@ -104,8 +104,8 @@ groups = st.lists(st.tuples(st.integers(1, 9), ids, branches), min_size=1, max_s
 def test_a_group_is_as_long_as_the_plan_expects(drawn):
     made = [Group("k", protein(length), prefix, turns) for length, prefix, turns in drawn]
     lengths = [
-        group_length(len(g.protein), len(g.prefix_ids), [len(q) for q, _ in g.branches], [len(a) for _, a in g.branches])
-        for g in made
+        group_length(length, len(prefix), [len(question) for question, _ in turns], [len(answer) for _, answer in turns])
+        for length, prefix, turns in drawn
     ]
     pack = collate(made)
     assert pack.num_tokens == sum(lengths)

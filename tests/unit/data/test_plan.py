@@ -25,9 +25,8 @@ def keys_of(number: int) -> list[str]:
 
 
 def plan(keys, turns, *, seed=42, epoch=0, per_group=3, per_step=5):
-    return plan_epoch(
-        hash_keys(keys), np.array(turns), seed=seed, epoch=epoch, questions_per_group=per_group, samples_per_step=per_step
-    )
+    cut = {"questions_per_group": per_group, "samples_per_step": per_step}
+    return plan_epoch(hash_keys(keys), np.array(turns), seed=seed, epoch=epoch, **cut)
 
 
 def steps_of(made) -> list[list[tuple[int, tuple[int, ...]]]]:
@@ -110,13 +109,17 @@ def test_the_plan_does_not_depend_on_how_shards_list_the_samples(turns, cut, see
 
 def test_seeds_and_epochs_shuffle_anew_proteins_and_questions_alike():
     keys, turns = keys_of(40), [7] * 40
-    plans = [plan(keys, turns, seed=s, epoch=e) for s, e in ((42, 0), (42, 1), (43, 0), (43, 1), (0, 0), (1, 0), (0, 1))]
+    drawn = ((42, 0), (42, 1), (43, 0), (43, 1), (0, 0), (1, 0), (0, 1))
+    plans = [plan(keys, turns, seed=seed, epoch=epoch) for seed, epoch in drawn]
     for one, other in itertools.combinations([named(made, keys) for made in plans], 2):
         assert one != other
         # No two share the order of proteins, nor the cut of a protein's questions into groups, beyond chance.
         same_place = sum(a[0][0] == b[0][0] for a, b in zip(one, other))
         assert same_place < len(one) / 3
-        cut_one, cut_other = ({(k, frozenset(t)) for step in made for k, t in step if len(t) == 3} for made in (one, other))
+        cut_one, cut_other = (
+            {(key, frozenset(group)) for step in made for key, group in step if len(group) == 3}
+            for made in (one, other)
+        )
         assert len(cut_one & cut_other) < len(cut_one) / 3
     assert named(plans[0], keys) == named(plan(keys, turns), keys)
 

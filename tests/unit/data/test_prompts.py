@@ -46,7 +46,9 @@ def test_every_family_has_both_stages():
 
 
 @pytest.mark.parametrize("family, stage, question, answer, before, after, answered, end", WRITTEN)
-def test_a_tokenizer_without_bos_begins_with_the_text(characters, family, stage, question, answer, before, after, answered, end):
+def test_a_tokenizer_without_bos_begins_with_the_text(
+    characters, family, stage, question, answer, before, after, answered, end
+):
     made = Prompt(characters(bos=None), TEMPLATES[family, stage], 384)
     assert made.prefix_ids == codes(before)
     assert made.question_ids([question]) == [codes(after)]

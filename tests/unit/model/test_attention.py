@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AutoModelForCausalLM, Gemma2Config
 
 from proteingpt.model.attention import NAME, group_mask, make_layout, shared_prefix_attention
 
@@ -68,7 +68,7 @@ shapes = st.lists(st.tuples(st.integers(1, 5), st.lists(st.integers(1, 3), max_s
 @settings(max_examples=40)
 @given(shapes, st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 1)]), st.sampled_from([None, 0.3]), st.integers(0, 99))
 def test_it_is_dense_attention_under_the_whole_mask(drawn, heads, scaling, seed):
-    """Values and gradients, in fp64, grouped-query heads as well. drawn: (prefix length, branch lengths) of each group."""
+    """Values and gradients, in fp64, grouped-query heads as well. drawn: (prefix, branch lengths) of each group."""
     starts, branch_ids = [0], []
     for prefix, lengths in drawn:
         branch_ids += [0] * prefix + [number for number, n in enumerate(lengths, start=1) for _ in range(n)]
@@ -87,7 +87,7 @@ def test_it_is_dense_attention_under_the_whole_mask(drawn, heads, scaling, seed)
 
 
 def test_nothing_leaks_between_branches_or_groups():
-    """What a token does not see may be anything: a NaN there changes nothing here."""
+    """What a token does not see may be anything, however large: nothing changes here, to the last bit."""
     query, key, value = (x.detach() for x in random_inputs(3, 2, 2, 7, 4))
     layout = make_layout([0, 4, 7], torch.tensor([0, 1, 2, 2, 0, 0, 1]))
     before, _ = shared_prefix_attention(None, query, key, value, layout=layout)
@@ -101,6 +101,27 @@ def test_a_model_that_does_not_hand_the_layout_on_is_found_at_once():
     query, key, value = random_inputs(0, 1, 1, 2, 4)
     with pytest.raises(AssertionError, match="Linear does not hand"):
         shared_prefix_attention(torch.nn.Linear(1, 1), query, key, value)
+
+
+@pytest.mark.parametrize("name", ["softcap", "s_aux", "sinks", "position_bias"])
+def test_an_attention_of_another_kind_is_refused_rather_than_ignored(name):
+    query, key, value = random_inputs(0, 1, 1, 2, 4)
+    layout = make_layout([0, 2], torch.tensor([0, 0]))
+    with pytest.raises(ValueError, match=f"Linear asks for {name}"):
+        shared_prefix_attention(torch.nn.Linear(1, 1), query, key, value, layout=layout, **{name: torch.ones(1)})
+    shared_prefix_attention(torch.nn.Linear(1, 1), query, key, value, layout=layout, **{name: None})
+
+
+def test_gemma_2_which_caps_its_scores_is_refused():
+    """Ignored, its logits were off by half of their size."""
+    config = Gemma2Config(
+        vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, attn_implementation=NAME,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    layout = make_layout([0, 3], torch.tensor([0, 0, 1]))
+    with pytest.raises(ValueError, match="Gemma2Attention asks for softcap"):
+        model(input_ids=torch.tensor([[1, 2, 3]]), layout=layout, use_cache=False)
 
 
 def test_it_is_known_to_transformers_by_its_name():

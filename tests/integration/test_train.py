@@ -1,0 +1,108 @@
+"""The user's command as it stands in the README, in a subprocess, and what it leaves behind."""
+
+import json
+import re
+import shlex
+
+import pytest
+from commands import execute, workplace
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+COMMAND = "deepspeed launch/train.py --ds_config ds_configs/zero2.json"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """One run of the literal command: (folder, finished process, report)."""
+    folder = workplace(tmp_path_factory.mktemp("demo"))
+    process = execute(COMMAND, folder, timeout=600)
+    assert process.returncode == 0, process.stderr[-3000:]
+    return folder, process, json.loads((folder / "runs/demo/report.json").read_text())
+
+
+def test_the_demo_learns_what_a_blind_model_cannot_know(demo):
+    _, _, report = demo
+    assert report["accuracy"] >= report["blind_accuracy"] + 0.15
+
+
+def test_it_says_first_that_it_is_the_demo_and_names_the_real_recipes(demo):
+    _, process, _ = demo
+    said = next(line for line in process.stderr.splitlines() if "[WARNING]" not in line)
+    assert "This is the demo" in said and "paper-align" in said and "released-instruct" in said
+
+
+def test_the_report_is_printed_and_agrees_with_report_json(demo):
+    folder, process, report = demo
+    assert f"{report['accuracy']:.1%} of {report['num_questions']} held-out questions" in process.stdout
+    assert f"{report['blind_accuracy']:.1%}" in process.stdout
+    assert report["steps"] == sum(report["steps_by_stage"].values()) and set(report["steps_by_stage"]) == {"align", "instruct"}
+    predictions = [json.loads(line) for line in (folder / "runs/demo/predictions.jsonl").read_text().splitlines()]
+    right = sum(p["prediction"].strip().lower() == p["answer"].strip().lower() for p in predictions)
+    assert right / report["num_questions"] == pytest.approx(report["accuracy"])
+
+
+def test_progress_shows_step_loss_rate_and_time_left(demo):
+    _, process, _ = demo
+    assert re.search(r"instruct \d+/\d+  loss \d+\.\d+  lr \S+  [\d,]+ tokens/s  .* left", process.stderr + process.stdout)
+
+
+def test_the_printed_command_asks_the_model(demo):
+    folder, process, report = demo
+    printed = re.search(r"ask it +(python launch/chat.py .*)", process.stdout)[1]
+    assert shlex.split(printed)[-1] == report["example_question"]
+    asked = execute(printed, folder)
+    assert asked.returncode == 0, asked.stderr
+    predictions = [json.loads(line) for line in (folder / "runs/demo/predictions.jsonl").read_text().splitlines()]
+    answers = {p["answer"] for p in predictions if p["question"] == report["example_question"]}
+    assert asked.stdout.strip() in answers
+
+
+def test_tensorboard_holds_every_promised_curve_and_some_texts(demo):
+    folder, _, report = demo
+    for stage in ("align", "instruct"):
+        events = EventAccumulator(str(folder / "runs/demo/tensorboard" / stage))
+        events.Reload()
+        tags = events.Tags()
+        promised = {
+            "loss", "learning_rate", "gradient_norm", "tokens_per_second", "samples_per_second", "step_seconds",
+            "memory_gib", "held_out_loss",
+        }  # fmt: skip
+        assert promised <= set(tags["scalars"])
+        assert any(tag.startswith("answer_") for tag in tags["tensors"])
+        assert [e.step for e in events.Scalars("loss")] == list(range(1, report["steps_by_stage"][stage] + 1))
+
+
+def test_a_finished_run_only_shows_its_report_again(demo):
+    folder, first, report = demo
+    again = execute(COMMAND, folder)
+    assert again.returncode == 0
+    assert f"{report['accuracy']:.1%} of {report['num_questions']}" in again.stdout
+    assert "tokens/s" not in again.stderr + again.stdout
+    assert json.loads((folder / "runs/demo/report.json").read_text()) == report
+
+
+def test_another_recipe_in_the_same_place_is_refused_by_naming_the_difference(demo):
+    folder, _, _ = demo
+    process = execute(f"{COMMAND} --instruct.init_lr 0.5", folder)
+    assert process.returncode != 0
+    assert "instruct.init_lr: was 0.002, is 0.5" in process.stderr
+
+
+SHORT = "--demo.num_proteins 20 --align.max_steps 3 --instruct.max_steps 3 --evaluation.num_proteins 4"
+
+
+@pytest.mark.parametrize("config", ["zero1", "zero2_offload", "zero3", "zero3_offload"])
+def test_every_ready_configuration_runs_the_demo(config, tmp_path):
+    folder = workplace(tmp_path)
+    launcher = "torchrun --nproc-per-node 2 --standalone" if config == "zero3" else "deepspeed"
+    process = execute(f"{launcher} launch/train.py --ds_config ds_configs/{config}.json {SHORT}", folder)
+    assert process.returncode == 0, process.stderr[-3000:]
+    report = json.loads((folder / "runs/demo/report.json").read_text())
+    assert report["steps_by_stage"] == {"align": 3, "instruct": 3}
+    assert report["num_questions"] == 4 * 8
+
+
+def test_help_explains_itself(tmp_path):
+    process = execute("python launch/train.py --help", workplace(tmp_path))
+    assert process.returncode == 0
+    assert "--instruct.samples_per_step" in process.stdout and "question/answer pairs in an optimizer step" in process.stdout

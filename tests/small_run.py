@@ -1,0 +1,204 @@
+"""A training run small enough for a test, on the demo's shards, every part real; and the same run written out plainly.
+
+`plain_losses` is the definition that the trainer is held to: one process, one question at a time, transformers' own
+attention, torch's own AdamW, and texts cut and joined here rather than by the package.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from proteingpt.config import EncodersConfig, ModelConfig, StageConfig
+from proteingpt.data.index import build_index
+from proteingpt.data.loader import StageData, TrainingPlan
+from proteingpt.data.prompts import TEMPLATES, Prompt
+from proteingpt.data.shards import ShardSet
+from proteingpt.encoders.pair import Encoders, Remembering
+from proteingpt.model import assemble
+from proteingpt.training.engine import Engine, precision
+from proteingpt.training.loop import train
+from proteingpt.training.schedule import learning_rate
+
+SEED = 11
+STAGE = dict(
+    template="released", epochs=1, max_steps=6, samples_per_step=12, questions_per_group=4, max_answer_tokens=8,
+    warmup_steps=2, warmup_lr=5e-4, init_lr=4e-3, min_lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """assets: of demo.assets.make_assets; llm: a model directory. zero: the DeepSpeed JSON's zero_optimization."""
+
+    assets: str
+    llm: str
+    train: str = "full"
+    zero: dict | None = None
+    bf16: bool = False
+    activation_checkpointing: bool = False
+    stage: tuple = ()  # what differs from STAGE, as items
+
+    @property
+    def stage_config(self) -> StageConfig:
+        return StageConfig(**{**STAGE, **dict(self.stage)})
+
+    @property
+    def ds_config(self) -> dict:
+        zero = {"overlap_comm": False, **(self.zero or {"stage": 0})}
+        return {"zero_optimization": zero, "bf16": {"enabled": self.bf16}}
+
+
+class Recorder:
+    """What the loop asks of a Monitor."""
+
+    def __init__(self):
+        self.losses, self.grad_norms, self.samples = [], [], []
+
+    def step(self, number, report):
+        self.losses.append(report.loss)
+        self.grad_norms.append(report.grad_norm)
+        self.samples.append(report.num_samples)
+
+
+class SmallRun:
+    """The parts of a case, as training/run.py puts them together."""
+
+    def __init__(self, case: Case):
+        self.case, self.stage = case, case.stage_config
+        self.shards = ShardSet(case.assets, "train")
+        tokenizer, template = assemble.load_tokenizer(case.llm), TEMPLATES["released", "instruct"]
+        self.prompt = Prompt(tokenizer, template, self.stage.max_answer_tokens)
+        self.data = self.stage_data(self.shards)
+        self.plan = TrainingPlan(self.data, self.stage, SEED)
+        config = EncodersConfig(
+            esm2=f"{case.assets}/esm2_demo.pt", esm_if1=f"{case.assets}/esm_if1_demo.pt", dtype="float32"
+        )
+        self.encoders = Remembering(Encoders.load(config, torch.device("cpu")), 2**28)
+
+    def stage_data(self, shards: ShardSet) -> StageData:
+        index = build_index(shards, "instruct", self.prompt)
+        return StageData(shards, index, self.prompt.prefix_ids, np.arange(len(shards)))
+
+    def model(self):
+        config = ModelConfig(
+            llm=self.case.llm, train=self.case.train, activation_checkpointing=self.case.activation_checkpointing
+        )
+        pair = self.encoders.encoders
+        return assemble.build_model(
+            config, pair.structure.width, pair.sequence.width, precision(self.case.ds_config), SEED
+        )
+
+    def engine(self, state=None, steps_done: int = 0) -> Engine:
+        """As training/run.py makes it: fresh, or from the state of a checkpoint."""
+        model = self.model()
+        if state:
+            assemble.set_weights(model, state["weights"])
+        engine = Engine(model, self.stage, self.case.ds_config)
+        if state:
+            engine.set_state(state, steps_done)
+        engine.module.train()
+        return engine
+
+    def train(self, engine: Engine, rank, device, first_step: int = 0, encoders=None, after_step=lambda step: None):
+        """The real loop, from first_step to the stage's end."""
+        last = self.plan.num_steps
+        steps = range(first_step, last)
+        work = (self.plan.data.work(self.plan.groups(step), rank.rank, rank.world_size) for step in steps)
+        recorder = Recorder()
+        train(
+            engine, encoders or self.encoders, work, self.stage, recorder, device,
+            first_step=first_step, num_steps=last, after_step=after_step,
+        )  # fmt: skip
+        return recorder
+
+
+# ------------------------------------------------------------------------------------------------ what ranks run
+
+
+def train_on_rank(rank, device, case: Case, first_step: int = 0, state=None, save_at: int | None = None) -> dict:
+    """Runs to the stage's end. Losses, gradient norms and samples of the steps, and the state at the start (if it was
+    given one), after `save_at` steps and at the end."""
+    run = SmallRun(case)
+    engine = run.engine(state, first_step)
+    states = {"begun_with": engine.get_state() if state else None}
+
+    def after_step(step: int):
+        if step == save_at:
+            states["saved"] = engine.get_state()
+
+    recorder = run.train(engine, rank, device, first_step, after_step=after_step)
+    states["ended_with"] = engine.get_state()
+    engine.close()
+    done = {"losses": recorder.losses, "grad_norms": recorder.grad_norms, "samples": recorder.samples}
+    return {**done, **(states if rank.is_first else {})}  # a state is the same on every rank, and large
+
+
+# ------------------------------------------------------------------------------------------- the plain definition
+
+
+def plain_losses(case: Case) -> tuple[list[float], list[float]]:
+    """(loss per answer token, gradient norm before clipping) of each step, one question at a time."""
+    run, stage = SmallRun(case), case.stage_config
+    tokenizer = AutoTokenizer.from_pretrained(case.llm)
+    llm = AutoModelForCausalLM.from_pretrained(case.llm, dtype=torch.float32, attn_implementation="eager")
+    projector = run.model().projector  # drawn from the seed
+    trained = [*projector.parameters(), *(llm.parameters() if case.train == "full" else ())]
+    llm.requires_grad_(case.train == "full")
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": stage.weight_decay},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ],
+        betas=stage.betas,
+    )
+    losses, norms = [], []
+    for step in range(run.plan.num_steps):
+        questions = [
+            (run.shards.read(sample).protein, run.shards.read_text(sample)[1][turn])
+            for sample, turns in run.plan.groups(step)
+            for turn in turns
+        ]
+        terms = [plain_question(llm, projector, tokenizer, run, *question) for question in questions]
+        loss = sum(term for term, _ in terms) / sum(count for _, count in terms)
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trained, 1.0)))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, run.plan.num_steps, stage)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses, norms
+
+
+def plain_question(llm, projector, tokenizer, run: SmallRun, protein, turn):
+    """(sum of answer-token losses, answer tokens) of one question in the released code's prompt."""
+    (structure,), (sequence,) = run.encoders.encoders.encode([protein])
+
+    def ids(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    before = [tokenizer.bos_token_id, *ids("###Human: <protein>")]
+    after = ids(f"</protein> {turn.question} ###Assistant: ")
+    answer = ids(f"{turn.answer}###")[: run.stage.max_answer_tokens]
+    rows = torch.cat(
+        [structure @ projector.structure.weight.T + projector.structure.bias]
+        + [sequence @ projector.sequence.weight.T + projector.sequence.bias]
+    )
+    table = llm.get_input_embeddings().weight
+    embeddings = torch.cat([table[before], rows, table[after + answer]])
+    logits = llm(inputs_embeds=embeddings[None]).logits[0]
+    answered = logits[-len(answer) - 1 : -1]
+    return F.cross_entropy(answered, torch.tensor(answer), reduction="sum"), len(answer)
+
+
+def zero_options(name: str) -> dict:
+    """zero_optimization of ds_configs/NAME.json, or of plain data parallelism, which has no file."""
+    if name == "zero0":
+        return {"stage": 0}
+    path = Path(__file__).parents[1] / "ds_configs" / f"{name}.json"
+    return json.loads(path.read_text())["zero_optimization"]

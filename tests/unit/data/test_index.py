@@ -1,0 +1,185 @@
+"""The token index: the ids are those of each text on its own, and a changed input never meets an old file."""
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from proteingpt.data.index import TokenIndex, Tokens, build_index, index_name, open_index, usable
+from proteingpt.data.prompts import TEMPLATES, Prompt
+from proteingpt.data.shards import ShardSet, write_shards
+from proteingpt.protein import Protein, Sample, Turn
+
+
+def sample(number: int, description: str, turns: tuple[Turn, ...], length: int = 3) -> Sample:
+    backbone = np.zeros((length, 3, 3), np.float32)
+    return Sample(Protein(f"{number}abc", "A", "A" * length, backbone), description, turns)
+
+
+SAMPLES = [
+    sample(1, "An enzyme.", (Turn("Is it?", "Yes"), Turn("How many residues?", "3"))),
+    sample(2, "", (Turn("Who?", "No one knows"),)),
+    sample(3, "Nothing is asked of it.", ()),
+    sample(4, "A dimer.", (Turn("", "x"), Turn("Why?", ""), Turn("Is it?", "No"))),
+]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("shards")
+    splits = {"train": SAMPLES, "test": [sample(9, "A dimer.", SAMPLES[0].turns)]}
+    write_shards(directory, splits, samples_per_shard=3, options={})
+    return ShardSet(directory, "train")
+
+
+@pytest.fixture(scope="module")
+def prompt(characters):
+    tokenizer = characters()
+    return lambda family="released", stage="instruct", longest=8: Prompt(tokenizer, TEMPLATES[family, stage], longest)
+
+
+def codes(text: str) -> list[int]:
+    return [ord(character) for character in text]
+
+
+def test_the_index_of_instruct_by_hand(shards, prompt):
+    index = build_index(shards, "instruct", prompt())
+    assert index.first_turn.tolist() == [0, 2, 3, 3, 6]
+    assert index.num_turns.tolist() == [2, 1, 0, 3]
+    questions = ["Is it?", "How many residues?", "Who?", "", "Why?", "Is it?"]
+    for number, question in enumerate(questions):
+        assert index.questions[number].tolist() == codes(f"</protein> {question} ###Assistant: ")
+    answers = ["Yes###", "3###", "No one k", "x###", "###", "No###"]  # the third is cut at 8 tokens
+    assert [index.answers[n].tolist() for n in range(6)] == [codes(a) for a in answers]
+    assert index.answers.lengths.tolist() == [6, 4, 8, 4, 3, 5]
+
+
+def test_the_index_of_align_by_hand(shards, prompt):
+    index = build_index(shards, "align", prompt("released", "align", 384))
+    assert index.first_turn.tolist() == [0, 1, 1, 2, 3]  # the second has no description
+    assert index.questions.lengths.tolist() == [0, 0, 0]
+    described = ["An enzyme.\n", "Nothing is asked of it.\n", "A dimer.\n"]
+    assert [index.answers[n].tolist() for n in range(3)] == [codes(d) for d in described]
+
+
+@pytest.mark.parametrize("family", ["paper", "released"])
+@pytest.mark.parametrize("stage", ["align", "instruct"])
+def test_ids_are_those_of_tokenising_one_text_at_a_time(demo_assets, family, stage):
+    """With a real tokenizer, whose merges could reach over the borders of a batch."""
+    tokenizer = AutoTokenizer.from_pretrained(demo_assets / "llm", local_files_only=True)
+    template = TEMPLATES[family, stage]
+    shards = ShardSet(demo_assets, "train")
+    index = build_index(shards, stage, Prompt(tokenizer, template, 384))
+    number = 0
+    for i in range(len(shards)):
+        description, turns = shards.read_text(i)
+        for question, answer in [("", description)] if stage == "align" else [(t.question, t.answer) for t in turns]:
+            before = tokenizer.encode(template.after.replace("{question}", question), add_special_tokens=False)
+            after = tokenizer.encode(answer + (template.end or ""), add_special_tokens=False)
+            assert index.questions[number].tolist() == before
+            assert index.answers[number].tolist() == after + ([tokenizer.eos_token_id] if family == "paper" else [])
+            number += 1
+        assert index.first_turn[i + 1] == number
+    assert number == len(index.questions.starts) - 1 == len(index.answers.starts) - 1 > 0
+
+
+def test_batches_of_samples_leave_no_seam(shards, prompt, monkeypatch):
+    whole = build_index(shards, "instruct", prompt())
+    monkeypatch.setattr("proteingpt.data.index.BATCH", 3)
+    assert same(build_index(shards, "instruct", prompt()), whole)
+
+
+def same(one, other) -> bool:
+    return all(
+        np.array_equal(a, b)
+        for a, b in [
+            (one.questions.ids, other.questions.ids),
+            (one.questions.starts, other.questions.starts),
+            (one.answers.ids, other.answers.ids),
+            (one.answers.starts, other.answers.starts),
+            (one.first_turn, other.first_turn),
+        ]
+    )
+
+
+def test_the_file_is_made_once_and_then_read(shards, prompt, tmp_path):
+    first = open_index(shards, "instruct", prompt(), tmp_path)
+    files = list(tmp_path.iterdir())
+    assert [path.name for path in files] == [index_name(shards, "instruct", prompt())]
+    # Altered on disk: what comes back says where it was taken from.
+    with np.load(files[0]) as arrays:
+        altered = {**arrays, "answer_ids": arrays["answer_ids"] + 1}
+    np.savez(files[0], **altered)
+    second = open_index(shards, "instruct", prompt(), tmp_path)
+    assert np.array_equal(second.answers.ids, first.answers.ids + 1)
+    assert np.array_equal(second.questions.ids, first.questions.ids)
+    assert list(tmp_path.iterdir()) == files
+
+
+def test_a_file_reads_back_as_what_was_built(shards, prompt, tmp_path):
+    built = open_index(shards, "instruct", prompt(), tmp_path)
+    read = open_index(shards, "instruct", prompt(), tmp_path)
+    assert same(built, read)
+    assert read.questions.ids.dtype == np.int32 and read.first_turn.dtype == np.int64
+
+
+def test_another_tokenizer_template_length_stage_or_split_makes_another_file(shards, prompt, characters):
+    other = characters(spare="\x80")
+    tokenizers = {"tokenizer": Prompt(other, TEMPLATES["released", "instruct"], 8)}
+    prompts = {"same": prompt(), "family": prompt("paper"), "length": prompt(longest=9), **tokenizers}
+    names = {why: index_name(shards, "instruct", made) for why, made in prompts.items()}
+    names["stage"] = index_name(shards, "align", prompt())
+    names["split"] = index_name(ShardSet(shards.directory, "test"), "instruct", prompt())
+    assert len(set(names.values())) == len(names)
+    assert index_name(shards, "instruct", prompt()) == names["same"]
+
+
+def test_shards_with_one_other_letter_make_another_file(shards, prompt, tmp_path):
+    changed = [*SAMPLES[:3], sample(4, "A dimer!", SAMPLES[3].turns)]
+    for name, samples in (("a", SAMPLES), ("b", changed)):
+        write_shards(tmp_path / name, {"train": samples}, samples_per_shard=3, options={})
+    a, b = (index_name(ShardSet(tmp_path / name, "train"), "align", prompt()) for name in "ab")
+    assert a == index_name(shards, "align", prompt()) and a != b
+
+
+def test_a_split_without_samples_has_an_empty_index(prompt, tmp_path):
+    write_shards(tmp_path, {"train": SAMPLES, "test": []}, samples_per_shard=3, options={})
+    index = open_index(ShardSet(tmp_path, "test"), "instruct", prompt(), tmp_path)
+    assert index.first_turn.tolist() == [0] and index.num_turns.tolist() == []
+
+
+def test_tokens_are_rows_end_to_end():
+    tokens = Tokens.of([[5, 6], [], [7]])
+    assert tokens.ids.tolist() == [5, 6, 7] and tokens.starts.tolist() == [0, 2, 2, 3]
+    assert [tokens[n].tolist() for n in range(3)] == [[5, 6], [], [7]] and tokens.lengths.tolist() == [2, 0, 1]
+
+
+def test_usable_at_the_very_edge_of_the_context(shards, prompt):
+    """Question and answer of sample 1, the longest: 2nd turn, len("</protein> How many residues? ###Assistant: ") = 44
+    and 4; behind a prefix of 20 ids and 2 * (3 + 2) = 10 protein rows."""
+    index = build_index(shards, "instruct", prompt())
+    assert len("</protein> How many residues? ###Assistant: ") == 44
+    lengths = np.array([3, 3, 3, 3], np.int32)
+
+    def fits(context, residues=lengths, longest=None):
+        return usable(index, residues, 20, context, longest).tolist()
+
+    assert fits(20 + 10 + 44 + 4) == [True] * 4
+    assert fits(20 + 10 + 44 + 4 - 1) == [False, True, True, True]
+    # One residue more is two rows more.
+    assert fits(78, np.array([4, 3, 3, 3], np.int32)) == [False, True, True, True]
+    assert fits(80, np.array([4, 3, 3, 3], np.int32)) == [True] * 4
+    # A sample of which nothing is asked is as long as its prefix.
+    assert fits(30) == [False, False, True, False] and fits(29) == [False] * 4
+
+
+def test_usable_at_the_very_edge_of_max_residues(shards, prompt):
+    index = build_index(shards, "instruct", prompt())
+    residues = np.array([3, 4, 5, 6], np.int32)
+    assert usable(index, residues, 20, 10_000, 4).tolist() == [True, True, False, False]
+    assert usable(index, residues, 20, 10_000, None).all()
+
+
+def test_usable_counts_past_32_bits():
+    """Twice the largest int32 of residues must not wrap around to a length that fits."""
+    none = TokenIndex(Tokens.of([]), Tokens.of([]), np.array([0, 0], np.int64))
+    assert not usable(none, np.array([2**31 - 1], np.int32), 0, 10_000, None).any()
