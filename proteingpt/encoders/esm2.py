@@ -1,10 +1,9 @@
-"""ESM-2 on the sequence: fair-esm's module, with the rotary tables kept in float32.
+"""ESM-2 on the sequence: reads the checkpoint, makes tokens, and hands them to the fast or the reference forward.
 
-B batch, T positions (residues + BOS + EOS, padded), L residues, D width.
+L residues, D width.
 
 The weights may be cast to half precision; the rotary frequencies may not (a bf16 cast of the module moves its output
 by tens of percent), and they are those of the file, which were rounded to fp16 before the model was trained on.
-Given up: fair-esm's forward pads its batches; proteins of like length are batched together to keep that small.
 """
 
 from argparse import Namespace
@@ -12,40 +11,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from proteingpt.encoders import fair_esm, weights
-from proteingpt.protein import ENCODER_EXTRA_ROWS, Protein
+from proteingpt.encoders import hugging_face, weights
+from proteingpt.encoders.esm2_packed import PackedESM2
+from proteingpt.protein import Protein
 
-# Padded positions in one forward: bounds the attention matrices, which fair-esm's code makes in full.
-MAX_POSITIONS = 4096
+# fair-esm's alphabet "ESM-1b": four special tokens, then one letter each.
+CLS, EOS, UNKNOWN = 0, 2, 3
+_LETTERS = {letter: number for number, letter in enumerate("LAGVSERTIDPKQNFYMHWCXBUZO.-", 4)}
+NUM_TOKENS = 33
 _PREFIX = "encoder.sentence_encoder."
 # Predict letters and contacts; they give nothing to the rows, so files with or without them serve.
 _HEADS = ("lm_head.", "contact_head.")
 _SETTINGS = {"encoder_layers": int, "encoder_embed_dim": int, "encoder_attention_heads": int, "token_dropout": bool}
-
-
-class RotaryFromFile(nn.Module):
-    """Rotary position embedding with given frequencies, in float32 whatever the dtype of the weights.
-
-    `inv_freq`, float32 (head width / 2,), is neither parameter nor buffer, so no `.to(dtype)` reaches it.
-    """
-
-    def __init__(self, inv_freq: torch.Tensor):
-        super().__init__()
-        self.inv_freq = inv_freq.float()
-
-    def forward(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """q, k: (B * heads, T, head width), rotated by their position and returned in their own dtype."""
-        positions = torch.arange(k.shape[-2], device=k.device, dtype=torch.float32)
-        angles = torch.outer(positions, self.inv_freq).repeat(1, 2)
-        return _rotate(q, angles.cos(), angles.sin()), _rotate(k, angles.cos(), angles.sin())
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    # Pairs are (i, i + half), as in GPT-NeoX, not neighbours.
-    first, second = x.float().chunk(2, dim=-1)
-    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
 def tokens_of(sequence: str) -> list[int]:
@@ -53,44 +31,32 @@ def tokens_of(sequence: str) -> list[int]:
 
     Letters are read as upper case; one that the alphabet does not have (J, *) is `<unk>`, never dropped or merged.
     """
-    letters = fair_esm.alphabet(fair_esm.ESM2_ALPHABET)
-    return [letters.cls_idx, *(letters.get_idx(letter.upper()) for letter in sequence), letters.eos_idx]
+    return [CLS, *(_LETTERS.get(letter.upper(), UNKNOWN) for letter in sequence), EOS]
 
 
 class ESM2Encoder:
-    """Frozen ESM-2. `width`: columns of a row. Made by `load_esm2`."""
+    """Frozen ESM-2. `width`: columns of a row; `layer`: whose rows they are. Made by `load_esm2`."""
 
-    def __init__(self, module: nn.Module, file: weights.WeightsFile, device: torch.device, dtype: torch.dtype):
-        self.module = module
-        self.width: int = module.embed_dim
+    def __init__(self, model, cfg: Namespace, layer: int, files, device: torch.device, dtype: torch.dtype):
+        self.model = model
+        self.width: int = cfg.encoder_embed_dim
+        self.layer = layer
         self.device, self.dtype = device, dtype
-        self._file = file
+        self._files: tuple[weights.WeightsFile, ...] = files
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the checkpoint file, in hex; computed when first asked for."""
-        return self._file.sha256()
+        """sha256 of the checkpoint, in hex; computed when first asked for."""
+        return weights.fingerprint(self._files)
 
     def encode(self, proteins: Sequence[Protein]) -> list[torch.Tensor]:
         """One (L + 2, width) tensor per protein, BOS and EOS rows included, in `dtype` on `device`, without gradient.
 
-        Rows are the last layer's after the final layer norm, and do not depend on the other proteins.
+        Rows do not depend on the other proteins.
         """
-        tokens = [torch.tensor(tokens_of(protein.sequence)) for protein in proteins]
-        rows: list[torch.Tensor] = [torch.empty(0)] * len(tokens)
-        for batch in fair_esm.padded_batches([len(ids) for ids in tokens], MAX_POSITIONS):
-            encoded = self._forward([tokens[i] for i in batch])
-            for i, padded_rows in zip(batch, encoded, strict=True):
-                rows[i] = padded_rows[: len(proteins[i]) + ENCODER_EXTRA_ROWS].clone()
-        return rows
-
-    def _forward(self, tokens: list[torch.Tensor]) -> torch.Tensor:
-        """(B, T, D); rows beyond a protein's own are meaningless."""
-        last, padding = self.module.num_layers, self.module.padding_idx
-        padded = nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=padding).to(self.device)
         # An autocast region around the caller's model must not reach in here.
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            return self.module(padded, repr_layers=[last])["representations"][last]
+            return self.model.rows([tokens_of(protein.sequence) for protein in proteins])
 
 
 def load_esm2(
@@ -99,31 +65,72 @@ def load_esm2(
     weights_dir: str | Path = "weights",
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    backend: str = "fast",
+    layer: int | None = None,
 ) -> ESM2Encoder:
-    """ESM-2 from a published name or the path of a fair-esm `.pt` file, frozen, in eval mode, its weights in `dtype`.
+    """ESM-2 from a published name, a fair-esm `.pt` file or a Hugging Face directory, frozen, its weights in `dtype`.
 
-    Raises WeightsNotFound, UnknownWeights or BadCheckpoint (all ValueErrors).
+    backend: `fast`, which is ours, or `reference`, which is fair-esm's code. layer: 0 to the number of layers, or None
+    for the last, which alone is taken after the final layer norm, as fair-esm does; later layers are not loaded.
+    Raises WeightsNotFound, UnknownWeights or BadCheckpoint (all ValueErrors), and ValueError for a layer or a backend
+    that is not there.
     """
+    weights.check_backend(backend)
     path = weights.find_weights(name_or_path, weights_dir)
-    file = weights.WeightsFile.at(path)
-    checkpoint = weights.load_checkpoint(path)
-    weights.check_kind(checkpoint, weights.ESM2, path)
-    cfg = weights.read_settings(checkpoint["cfg"]["model"], _SETTINGS, path)
+    files = tuple(map(weights.WeightsFile.at, _files(path)))
+    cfg, stored = read_esm2(path)
+    layer = cfg.encoder_layers if layer is None else layer
+    if not 0 <= layer <= cfg.encoder_layers:
+        raise ValueError(
+            f"layer {layer} of {path} is asked for: it has layers 0 (the embedding) to {cfg.encoder_layers}"
+        )
     device = torch.device(device)
-    return ESM2Encoder(_module(cfg, checkpoint["model"], path, device, dtype), file, device, dtype)
+
+    def place(name: str) -> torch.Tensor:
+        return stored[name].to(device, torch.float32 if name.endswith("inv_freq") else dtype, copy=True)
+
+    if backend == "fast":
+        model = PackedESM2.of(cfg, place, layer)
+    else:
+        from proteingpt.encoders.reference import ReferenceESM2  # fair-esm is imported for this backend only
+
+        model = ReferenceESM2(cfg, list(stored), place, layer)
+    return ESM2Encoder(model, cfg, layer, files, device, dtype)
 
 
-def _module(cfg: Namespace, stored: dict, path: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    module = fair_esm.build_esm2(cfg)
-    del module.contact_head
-    module.lm_head = nn.Identity()
-    found = {name.removeprefix(_PREFIX): value for name, value in stored.items() if name.startswith(_PREFIX)}
-    found = {name: value for name, value in found.items() if not name.startswith(_HEADS)}
-    weights.check_weights(found, {name: value.shape for name, value in module.state_dict().items()}, path)
-    for number, layer in enumerate(module.layers):
-        inv_freq = found.pop(f"layers.{number}.self_attn.rot_emb.inv_freq")
-        layer.self_attn.rot_emb = RotaryFromFile(inv_freq.to(device, torch.float32, copy=True))
-    # One tensor at a time from the file's memory map to its place: the model is never held twice.
-    state = {name: value.to(device, dtype, copy=True) for name, value in found.items()}
-    module.load_state_dict(state, strict=True, assign=True)
-    return module.eval().requires_grad_(False)
+def _files(path: Path) -> list[Path]:
+    """What decides the weights: the file, or a directory's configuration and safetensors."""
+    return [path / hugging_face.CONFIG, *hugging_face.weight_files(path)] if path.is_dir() else [path]
+
+
+def read_esm2(path: Path) -> tuple[Namespace, dict[str, torch.Tensor]]:
+    """Settings, and all tensors of the trunk by fair-esm's names, names and shapes checked; on a map of the file.
+
+    Raises BadCheckpoint.
+    """
+    if path.is_dir():
+        settings, found = hugging_face.read_esm2(path)
+    else:
+        checkpoint = weights.load_checkpoint(path)
+        weights.check_kind(checkpoint, weights.ESM2, path)
+        settings = checkpoint["cfg"]["model"]
+        stored = checkpoint["model"].items()
+        found = {name.removeprefix(_PREFIX): value for name, value in stored if name.startswith(_PREFIX)}
+        found = {name: value for name, value in found.items() if not name.startswith(_HEADS)}
+    cfg = weights.read_settings(settings, _SETTINGS, path)
+    weights.check_weights(found, esm2_shapes(cfg), path)
+    return cfg, found
+
+
+def esm2_shapes(cfg: Namespace) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor of the trunk, by fair-esm's names below `encoder.sentence_encoder`."""
+    width = cfg.encoder_embed_dim
+    layer = {"self_attn.rot_emb.inv_freq": (width // cfg.encoder_attention_heads // 2,)}
+    for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        layer |= weights.affine_shapes(f"self_attn.{name}", width, width)
+    layer |= weights.affine_shapes("fc1", width, 4 * width) | weights.affine_shapes("fc2", 4 * width, width)
+    layer |= weights.norm_shapes("self_attn_layer_norm", width) | weights.norm_shapes("final_layer_norm", width)
+    shapes = {"embed_tokens.weight": (NUM_TOKENS, width), **weights.norm_shapes("emb_layer_norm_after", width)}
+    for number in range(cfg.encoder_layers):
+        shapes |= {f"layers.{number}.{name}": shape for name, shape in layer.items()}
+    return shapes

@@ -1,6 +1,6 @@
-"""ESM-IF1 on the backbone: the encoder half of fair-esm's GVP transformer.
+"""ESM-IF1 on the backbone: reads the encoder half of the checkpoint, and hands coordinates to one of two forwards.
 
-B batch, T positions (residues + BOS + EOS, padded), L residues, D width.
+L residues, T rows (residues + BOS + EOS), D width.
 
 Coordinates stay in the deposited frame: the features are invariant to rotation, but a missing neighbour sits at the
 origin, as the published model was trained, so a shift changes rows beside gaps and ends. Everything that touches
@@ -14,13 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
-from proteingpt.encoders import fair_esm, weights
+from proteingpt.encoders import weights
+from proteingpt.encoders.esm_if1_packed import PackedESMIF1
 from proteingpt.protein import ENCODER_EXTRA_ROWS, Protein
 
-# Padded positions in one forward: each has 30 edges, and an edge of the published model takes about 60 kB.
-MAX_POSITIONS = 1024
+NUM_TOKENS = 35
+# Between chains, as fair-esm's `multichain_util` has it.
+GAP_RESIDUES = 10
 _PREFIX = "encoder."
 _SETTINGS = {
     "encoder_embed_dim": int,
@@ -48,7 +49,7 @@ PUBLISHED_TO_CODE = (
     ("embed_gvp_in_local_frame.0", "embed_gvp_output"),
     ("embed_features_in_local_frame.0", "embed_gvp_input_features"),
 )
-# One value that only carries the dtype of the position table.
+# One value that only carries the dtype of fair-esm's position table.
 _DTYPE_MARKER = "embed_positions._float_tensor"
 
 
@@ -80,54 +81,55 @@ def inputs_of(protein: Protein) -> tuple[np.ndarray, np.ndarray]:
     return coords, row_confidence
 
 
+def inputs_of_complex(chains: Sequence[Protein]) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs of several chains as one, 10 residues of gap between them, BOS and EOS rows at the two ends.
+
+    The gap is NaN with confidence -1, which is padding: it keeps its place and is not attended to (as in fair-esm).
+    """
+    parts = [inputs_of(chain) for chain in chains]
+    end = tuple(x[:1] for x in parts[0])
+    gap = np.full((GAP_RESIDUES, 3, 3), np.nan, np.float32), np.full(GAP_RESIDUES, -1, np.float32)
+    pieces = [end]
+    for number, (coords, confidence) in enumerate(parts):
+        pieces += [gap] * (number > 0) + [(coords[1:-1], confidence[1:-1])]
+    coords, confidence = (np.concatenate(arrays) for arrays in zip(*pieces, end))
+    return coords, confidence
+
+
 class ESMIF1Encoder:
     """Frozen encoder half of ESM-IF1. `width`: columns of a row. Made by `load_esm_if1`."""
 
-    def __init__(self, module: nn.Module, file: weights.WeightsFile, device: torch.device, dtype: torch.dtype):
-        self.module = module
-        self.width: int = module.embed_tokens.embedding_dim
+    def __init__(self, model, args: Namespace, files, device: torch.device, dtype: torch.dtype):
+        self.model = model
+        self.width: int = args.encoder_embed_dim
         self.device, self.dtype = device, dtype
-        self._file = file
+        self._files: tuple[weights.WeightsFile, ...] = files
 
     @property
     def fingerprint(self) -> str:
         """sha256 of the checkpoint file, in hex; computed when first asked for."""
-        return self._file.sha256()
+        return weights.fingerprint(self._files)
 
     def encode(self, proteins: Sequence[Protein]) -> list[torch.Tensor]:
         """One (L + 2, width) tensor per protein, BOS and EOS rows included, in `dtype` on `device`, without gradient.
 
         Unresolved residues have rows too. Rows do not depend on the other proteins.
         """
-        inputs = [inputs_of(protein) for protein in proteins]
-        rows: list[torch.Tensor] = [torch.empty(0)] * len(inputs)
-        for batch in fair_esm.padded_batches([len(coords) for coords, _ in inputs], MAX_POSITIONS):
-            encoded = self._forward(*self._padded([inputs[i] for i in batch]))
-            for column, i in enumerate(batch):
-                rows[i] = encoded[: len(proteins[i]) + ENCODER_EXTRA_ROWS, column].clone()
-        return rows
+        return self._rows([inputs_of(protein) for protein in proteins])
 
-    def _padded(self, inputs: list[tuple[np.ndarray, np.ndarray]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Coordinates (B, T, 3, 3) with NaN and confidence (B, T) with -1 where a row is padding."""
-        coords = [torch.from_numpy(coords) for coords, _ in inputs]
-        confidence = [torch.from_numpy(values) for _, values in inputs]
-        padded = nn.utils.rnn.pad_sequence
-        return (
-            padded(coords, batch_first=True, padding_value=float("nan")).to(self.device),
-            padded(confidence, batch_first=True, padding_value=-1.0).to(self.device),
-        )
+    def encode_in_complex(self, target: Protein, others: Sequence[Protein]) -> torch.Tensor:
+        """(L + 2, width): rows of `target` in the presence of other chains, all in one frame of coordinates.
 
-    def _forward(self, coords: torch.Tensor, confidence: torch.Tensor) -> torch.Tensor:
-        """(T, B, D); rows beyond a protein's own are meaningless."""
-        padding = coords[:, :, 0, 0].isnan()
+        The target goes first and 10 residues of gap between chains, as fair-esm does for complexes. Its BOS row is that
+        of the whole, and so is its EOS row, which stands after the last chain.
+        """
+        (rows,) = self._rows([inputs_of_complex([target, *others])])
+        return torch.cat((rows[: len(target) + 1], rows[-1:]))
+
+    def _rows(self, inputs: list[tuple[np.ndarray, np.ndarray]]) -> list[torch.Tensor]:
         # An autocast region around the caller's model must not reach in here.
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            embedded, _ = self.module.forward_embedding(coords, padding, confidence)
-            # As fair-esm does; attention leaves padding out besides.
-            rows = embedded.masked_fill(padding.unsqueeze(-1), 0).transpose(0, 1).to(self.dtype)
-            for layer in self.module.layers:
-                rows = layer(rows, encoder_padding_mask=padding)
-            return self.module.layer_norm(rows)
+            return self.model.rows(inputs)
 
 
 def load_esm_if1(
@@ -136,30 +138,93 @@ def load_esm_if1(
     weights_dir: str | Path = "weights",
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    backend: str = "fast",
 ) -> ESMIF1Encoder:
     """The encoder of ESM-IF1 from its published name or the path of a fair-esm `.pt` file, frozen, in eval mode.
 
-    `dtype`: of the transformer layers and the rows; the GVP part stays in float32. Raises WeightsNotFound,
-    UnknownWeights or BadCheckpoint (all ValueErrors).
+    `dtype`: of the transformer layers and the rows; the GVP part stays in float32. backend: `fast`, which is ours, or
+    `reference`, which is fair-esm's code. Raises WeightsNotFound, UnknownWeights or BadCheckpoint (all ValueErrors),
+    and ValueError for an unknown backend.
     """
+    weights.check_backend(backend)
     path = weights.find_weights(name_or_path, weights_dir)
+    if path.is_dir():
+        raise weights.BadCheckpoint(f"{path} is a directory: wanted the published ESM-IF1 file (.pt)")
     file = weights.WeightsFile.at(path)
+    args, stored = read_esm_if1(path)
+    device = torch.device(device)
+
+    def place(name: str) -> torch.Tensor:
+        in_transformer = name.startswith(("layers.", "layer_norm."))
+        return stored[name].to(device, dtype if in_transformer else torch.float32, copy=True)
+
+    if backend == "fast":
+        model = PackedESMIF1.of(args, place)
+    else:
+        from proteingpt.encoders.reference import ReferenceESMIF1  # fair-esm is imported for this backend only
+
+        model = ReferenceESMIF1(args, list(stored), place, dtype)
+    return ESMIF1Encoder(model, args, (file,), device, dtype)
+
+
+def read_esm_if1(path: Path) -> tuple[Namespace, dict[str, torch.Tensor]]:
+    """Settings, and all tensors of the encoder by the names in fair-esm's code, names and shapes checked.
+
+    The tensors lie on a map of the file. Raises BadCheckpoint.
+    """
     checkpoint = weights.load_checkpoint(path)
     weights.check_kind(checkpoint, weights.ESM_IF1, path)
     args = weights.read_settings(checkpoint["args"], _SETTINGS, path)
-    device = torch.device(device)
-    return ESMIF1Encoder(_module(args, checkpoint["model"], path, device, dtype), file, device, dtype)
-
-
-def _module(args: Namespace, stored: dict, path: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    module = fair_esm.build_esm_if1_encoder(args)
-    renamed = {code_name(name): value for name, value in stored.items() if "version" not in name}
+    renamed = {code_name(name): value for name, value in checkpoint["model"].items() if "version" not in name}
     found = {name.removeprefix(_PREFIX): value for name, value in renamed.items() if name.startswith(_PREFIX)}
-    found[_DTYPE_MARKER] = torch.zeros(1)
-    weights.check_weights(found, {name: value.shape for name, value in module.state_dict().items()}, path)
-    state = {
-        name: value.to(device, dtype if name.startswith(("layers.", "layer_norm.")) else torch.float32, copy=True)
-        for name, value in found.items()
-    }
-    module.load_state_dict(state, strict=True, assign=True)
-    return module.eval().requires_grad_(False)
+    found.pop(_DTYPE_MARKER, None)
+    weights.check_weights(found, esm_if1_shapes(args), path)
+    return args, found
+
+
+def esm_if1_shapes(args: Namespace) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor of the encoder, by its name in fair-esm's code below `encoder`."""
+    affine, norm, width = weights.affine_shapes, weights.norm_shapes, args.encoder_embed_dim
+    shapes = {"embed_tokens.weight": (NUM_TOKENS, width), **norm("layer_norm", width)}
+    shapes |= affine("embed_gvp_input_features", 15, width) | affine("embed_confidence", 16, width)
+    shapes |= affine("embed_dihedrals.node_embedding", 6, width)
+    shapes |= {"embed_dihedrals.norm_nodes.gain": (width,), "embed_dihedrals.norm_nodes.bias": (width,)}
+    node = args.gvp_node_hidden_dim_scalar, args.gvp_node_hidden_dim_vector
+    shapes |= affine("embed_gvp_output", node[0] + 3 * node[1], width) | _graph_shapes(args, node)
+    layer = affine("fc1", width, args.encoder_ffn_embed_dim) | affine("fc2", args.encoder_ffn_embed_dim, width)
+    layer |= norm("self_attn_layer_norm", width) | norm("final_layer_norm", width)
+    for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        layer |= affine(f"self_attn.{name}", width, width)
+    for number in range(args.encoder_layers):
+        shapes |= {f"layers.{number}.{name}": shape for name, shape in layer.items()}
+    return shapes
+
+
+def _graph_shapes(args: Namespace, node: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    """Of the GVP encoder. `node`: scalar and vector channels of a node."""
+    edge = args.gvp_edge_hidden_dim_scalar, args.gvp_edge_hidden_dim_vector
+    ends = tuple(2 * of_node + of_edge for of_node, of_edge in zip(node, edge))
+    wide = 4 * node[0], 2 * node[1]
+    embed = "gvp_encoder.embed_graph"
+    shapes = weights.affine_shapes(f"{embed}.embed_confidence", 16, node[0])
+    for name, num_in, num_out in (("embed_node", (7, 3), node), ("embed_edge", (34, 1), edge)):
+        shapes |= _gvp_shapes(f"{embed}.{name}.0", num_in, num_out, gated=False)
+        shapes |= weights.norm_shapes(f"{embed}.{name}.1.scalar_norm", num_out[0])
+    for number in range(args.gvp_num_encoder_layers):
+        layer = f"gvp_encoder.encoder_layers.{number}"
+        shapes |= _gvp_shapes(f"{layer}.conv.message_func.0", ends, node, gated=True)
+        shapes |= _gvp_shapes(f"{layer}.conv.message_func.1", node, node, gated=True)
+        shapes |= _gvp_shapes(f"{layer}.conv.message_func.2", node, node, gated=False)
+        shapes |= _gvp_shapes(f"{layer}.ff_func.0", node, wide, gated=True)
+        shapes |= _gvp_shapes(f"{layer}.ff_func.1", wide, node, gated=False)
+        for norm in (0, 1):
+            shapes |= weights.norm_shapes(f"{layer}.norm.{norm}.scalar_norm", node[0])
+    return shapes
+
+
+def _gvp_shapes(name: str, num_in: tuple[int, int], num_out: tuple[int, int], gated: bool) -> dict:
+    """num_in, num_out: scalar and vector channels. The hidden vectors are as many as the more of the two."""
+    hidden = max(num_in[1], num_out[1])
+    shapes = {f"{name}.wh.weight": (hidden, num_in[1]), f"{name}.wv.weight": (num_out[1], hidden)}
+    shapes |= weights.affine_shapes(f"{name}.ws", num_in[0] + hidden, num_out[0])
+    return shapes | (weights.affine_shapes(f"{name}.wg", *num_out) if gated else {})

@@ -28,12 +28,13 @@ class Encoders:
         for name in ("esm2", "esm_if1"):
             value = getattr(config, name)
             if value is None:
-                raise ConfigError(f"encoders.{name} is not set: give a published name or the path of a .pt file")
+                raise ConfigError(f"encoders.{name} is not set: give a published name or the path of its weights")
             find_weights(value, config.weights_dir)
 
     @classmethod
     def load(cls, config: EncodersConfig, device) -> "Encoders":
         options = {"weights_dir": config.weights_dir, "device": device, "dtype": getattr(torch, config.dtype)}
+        options["backend"] = getattr(config, "backend", "fast")
         return cls(load_esm_if1(config.esm_if1, **options), load_esm2(config.esm2, **options))
 
     def encode(self, proteins: Sequence[Protein]) -> Rows:

@@ -34,6 +34,9 @@ MODEL_URL = "https://dl.fbaipublicfiles.com/fair-esm/models/{name}.pt"
 ESM2 = "ESM-2"
 ESM_IF1 = "ESM-IF1"
 
+# Our torch-only forwards, and fair-esm's own code.
+BACKENDS = ("fast", "reference")
+
 
 class WeightsNotFound(FileNotFoundError, ValueError):
     """The checkpoint file that was asked for is not on this machine."""
@@ -74,20 +77,30 @@ def _sha256(file: WeightsFile) -> str:
     return digest
 
 
+def fingerprint(files: tuple[WeightsFile, ...]) -> str:
+    """sha256 of the file, in hex; of several, that of their digests."""
+    digests = [file.sha256() for file in files]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
 def find_weights(name_or_path: str | Path, weights_dir: str | Path = "weights") -> Path:
     """The checkpoint file for a published name or a path.
 
-    A path is taken as it is. A name is looked for in `weights_dir`, then where fair-esm downloads to.
+    A path is taken as it is: a file, or a Hugging Face directory. A name is looked for in `weights_dir`, then where
+    fair-esm downloads to.
     Raises WeightsNotFound, or UnknownWeights for a word that is neither.
     """
     text = str(name_or_path)
     if text in PUBLISHED_NAMES:
         return _find_published(text, Path(weights_dir))
     path = Path(text).expanduser()
-    if path.is_file():
+    if path.is_file() or (path / "config.json").is_file():
         return path
     if path.is_dir():
-        raise WeightsNotFound(f"{path} is a directory: wanted a fair-esm checkpoint file (.pt) in its place")
+        raise WeightsNotFound(
+            f"{path} is a directory without a config.json: wanted a fair-esm checkpoint file (.pt) or, for ESM-2, a "
+            "Hugging Face directory in its place"
+        )
     if len(path.parts) > 1 or path.suffix == ".pt":
         hint = f"; get it from {MODEL_URL.format(name=path.stem)}" if path.stem in PUBLISHED_NAMES else ""
         raise WeightsNotFound(f"no encoder weights at {path.absolute()}{hint}")
@@ -239,7 +252,23 @@ def read_settings(namespace: Namespace, kinds: Mapping[str, type], path: Path) -
     return Namespace(**{name: getattr(namespace, name) for name in kinds})
 
 
-def check_weights(found: Mapping, wanted: Mapping[str, torch.Size], path: Path) -> None:
+def check_backend(name: str) -> None:
+    """Raises ValueError unless `name` is a backend of the encoders."""
+    if name not in BACKENDS:
+        raise ValueError(f"encoder backend {name!r} is not known: wanted one of {', '.join(BACKENDS)}")
+
+
+def affine_shapes(name: str, num_in: int, num_out: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a linear map's tensors."""
+    return {f"{name}.weight": (num_out, num_in), f"{name}.bias": (num_out,)}
+
+
+def norm_shapes(name: str, width: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a layer norm's tensors."""
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def check_weights(found: Mapping, wanted: Mapping[str, tuple[int, ...]], path: Path) -> None:
     """Raises BadCheckpoint unless `found` has exactly the names of `wanted`, each a tensor of that shape."""
     problems = [f"{name} is missing" for name in wanted if name not in found]
     problems += [f"{name} is not part of the model that the file's own configuration describes"

@@ -1,21 +1,43 @@
-"""Our ESM-IF1 rows are those of fair-esm; missing residues are missing, not padding; the frame is the deposited one."""
+"""Our ESM-IF1 rows are those of fair-esm, by either backend; missing is not padding; the frame is the deposited one."""
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from proteingpt.encoders import fair_esm, load_esm_if1
-from proteingpt.encoders.esm_if1 import code_name, inputs_of
+from proteingpt.encoders import fair_esm, load_esm_if1, weights
+from proteingpt.encoders.esm_if1 import NUM_TOKENS, code_name, esm_if1_shapes, inputs_of, read_esm_if1
+from proteingpt.encoders.esm_if1_packed import FIRST_POSITION, MASK_TOKEN, chunks_of, sum_segments
+from proteingpt.encoders.packed import tensors_in
 
 
 def relative_error(found, wanted) -> float:
     return ((found.float() - wanted).norm() / wanted.norm()).item()
 
 
+def largest_error(found, wanted) -> float:
+    """Of any value, in units of the root mean square of what is wanted."""
+    return ((found - wanted).abs().max() / wanted.square().mean().sqrt()).item()
+
+
+BACKENDS = ("fast", "reference")
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def encoder(esm_if1_file, request):
+    return load_esm_if1(str(esm_if1_file), backend=request.param)
+
+
 @pytest.fixture(scope="module")
-def encoder(esm_if1_file):
+def fast(esm_if1_file):
     return load_esm_if1(str(esm_if1_file))
+
+
+@pytest.fixture(scope="module")
+def reference(esm_if1_file):
+    return load_esm_if1(str(esm_if1_file), backend="reference")
 
 
 @pytest.fixture(scope="module")
@@ -144,22 +166,35 @@ def test_any_batch_gives_the_rows_of_each_alone(encoder, make_protein, monkeypat
     proteins = [make_protein(length, seed=length, missing=gaps) for length, gaps in lengths_and_gaps]
     alone = [encoder.encode([protein])[0] for protein in proteins]
     for max_positions in (10_000, 100):
-        monkeypatch.setattr("proteingpt.encoders.esm_if1.MAX_POSITIONS", max_positions)
+        monkeypatch.setattr("proteingpt.encoders.reference.ESM_IF1_MAX_POSITIONS", max_positions)
+        monkeypatch.setattr("proteingpt.encoders.packed.MAX_ROWS_CPU", max_positions)
         together = encoder.encode(proteins)
         for protein, one, other in zip(proteins, alone, together, strict=True):
             assert one.shape == other.shape == (len(protein) + 2, 64)
             assert torch.allclose(one, other, atol=1e-5)
 
 
-def test_half_precision_leaves_geometry_in_float32(esm_if1_file, encoder, make_protein):
+def parts_in_half(encoder) -> set[str]:
+    if hasattr(encoder.model, "module"):
+        named = [(name.split(".")[0], value) for name, value in encoder.model.module.named_parameters()]
+    else:
+        named = [(name, value) for name, part in encoder.model._asdict().items() for value in tensors_in(part)]
+    mixed = {name for name, value in named if value.dtype == torch.float32}
+    found = {name for name, value in named if value.dtype == torch.bfloat16}
+    assert not mixed & found
+    return found
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_half_precision_leaves_geometry_in_float32(esm_if1_file, make_protein, backend):
+    encoder = load_esm_if1(str(esm_if1_file), backend=backend)
     protein = make_protein(80, missing=[30])
     shifted = make_protein(80, backbone=protein.backbone + np.float32(60))
     wanted = encoder.encode([shifted])[0]
-    half = load_esm_if1(str(esm_if1_file), dtype=torch.bfloat16)
+    half = load_esm_if1(str(esm_if1_file), dtype=torch.bfloat16, backend=backend)
     rows = half.encode([shifted])[0]
     assert rows.dtype == torch.bfloat16
-    dtypes = {name.split(".")[0]: parameter.dtype for name, parameter in half.module.named_parameters()}
-    assert {name for name, dtype in dtypes.items() if dtype == torch.bfloat16} == {"layers", "layer_norm"}
+    assert parts_in_half(half) == {"fast": {"layers", "final_norm"}, "reference": {"layers", "layer_norm"}}[backend]
     error = relative_error(rows, wanted)
     assert error < 0.015
 
@@ -173,8 +208,8 @@ def test_no_proteins_no_rows(encoder):
 
 
 def test_rows_are_frozen_but_fit_for_autograd(encoder, make_protein):
-    assert not encoder.module.training
-    assert not any(parameter.requires_grad for parameter in encoder.module.parameters())
+    held = encoder.model.module.parameters() if hasattr(encoder.model, "module") else tensors_in(encoder.model)
+    assert not any(value.requires_grad for value in held)
     rows = encoder.encode([make_protein(5)])[0]
     assert not rows.requires_grad and not rows.is_inference()
     projection = torch.nn.Linear(64, 3)
@@ -194,3 +229,93 @@ def test_the_input_is_not_changed(encoder, make_protein):
     before = protein.backbone.copy()
     encoder.encode([protein])
     assert np.array_equal(before, protein.backbone, equal_nan=True)
+
+
+def test_the_fast_forward_equals_fair_esms_code_in_any_mixture(fast, reference, make_protein):
+    gaps = {1: [], 2: [1], 13: [0, 12], 60: range(20, 50), 400: [7, 8, 250], 900: []}
+    proteins = [make_protein(length, seed=3, missing=missing) for length, missing in gaps.items()]
+    proteins.append(make_protein(30, seed=4, missing=range(30)))
+    proteins.append(make_protein(70, seed=5, confidence=np.linspace(0.2, 1, 70, dtype=np.float32)))
+    for protein, found in zip(proteins, fast.encode(proteins), strict=True):
+        (wanted,) = reference.encode([protein])
+        assert largest_error(found, wanted) < 1e-5, len(protein)
+
+
+def ideal_helix(length: int) -> np.ndarray:
+    """float32 (length, 3, 3): 100 degrees and 1.5 angstrom a residue. Radius, turn and rise of N and C by eye."""
+    shift, rise, radius = (np.array(values)[None] for values in ((-27, 0, 26), (-0.9, 0, 1.1), (1.6, 2.3, 1.7)))
+    angle = np.deg2rad(100 * np.arange(length)[:, None] + shift)
+    height = 1.5 * np.arange(length)[:, None] + rise
+    radius = np.broadcast_to(radius, angle.shape)
+    return np.stack((radius * np.cos(angle), radius * np.sin(angle), height), axis=-1).astype(np.float32)
+
+
+def test_neighbours_at_equal_distances_are_chosen_as_fair_esm_does(fast, reference, make_protein):
+    """In an ideal helix the neighbours before and after a residue tie, so rounding decides which one is the last."""
+    protein = make_protein(80, backbone=ideal_helix(80), missing=())
+    assert largest_error(fast.encode([protein])[0], reference.encode([protein])[0]) < 1e-5
+
+
+def test_chunks_of_edges_and_of_distances_do_not_show(fast, make_protein, monkeypatch):
+    proteins = [make_protein(50, missing=[3]), make_protein(4), make_protein(90)]
+    wanted = fast.encode(proteins)
+    monkeypatch.setattr("proteingpt.encoders.esm_if1_packed._MAX_EDGES_CPU", 17)
+    monkeypatch.setattr("proteingpt.encoders.esm_if1_geometry._MAX_PAIRS", 300)
+    for found, rows in zip(fast.encode(proteins), wanted, strict=True):
+        assert torch.allclose(found, rows, atol=1e-5)
+
+
+@settings(deadline=None)
+@given(counts=st.lists(st.integers(0, 40), min_size=1, max_size=60), most=st.integers(1, 100))
+def test_chunks_cover_all_nodes_once_and_hold_no_more_edges_than_said(counts, most):
+    runs = list(chunks_of(np.array(counts), most))
+    assert [node for first, end in runs for node in range(first, end)] == list(range(len(counts)))
+    assert all(sum(counts[first:end]) <= most or end - first == 1 for first, end in runs)
+
+
+def test_sums_over_runs_of_edges_by_hand():
+    """The way taken on a GPU, where adding by index has no fixed order."""
+    values = torch.arange(12.0).view(6, 2)
+    found = sum_segments(values, torch.tensor([0, 2, 1, 0, 3]))
+    assert found.tolist() == [[0, 0], [2, 4], [4, 5], [0, 0], [24, 27]]
+    cubes = torch.arange(24.0).view(4, 2, 3)
+    assert torch.equal(sum_segments(cubes, torch.tensor([1, 3]))[1], cubes[1:].sum(0))
+
+
+@pytest.mark.parametrize("others", [[30], [12, 45]])
+def test_a_complex_has_fair_esms_rows_of_its_target(encoder, published, make_protein, others):
+    """By its own utility for complexes, which puts the target first and ten residues between chains."""
+    target, *rest = (make_protein(length, seed=9) for length in (40, *others))
+    rows = encoder.encode_in_complex(target, rest)
+    coords = {str(number): chain.backbone for number, chain in enumerate([target, *rest])}
+    utility = fair_esm.inverse_folding().multichain_util
+    with torch.no_grad():
+        wanted = utility.get_encoder_output_for_complex(*published, coords, "0")
+    assert rows.shape == (42, 64) and rows.isfinite().all()
+    assert relative_error(rows[1:-1], wanted) < 1e-6
+    assert relative_error(rows, encoder.encode([target])[0]) > 0.01
+
+
+def test_a_target_alone_is_no_complex(encoder, make_protein):
+    protein = make_protein(20, missing=[4])
+    assert torch.equal(encoder.encode_in_complex(protein, []), encoder.encode([protein])[0])
+
+
+def test_wanted_shapes_are_those_of_fair_esms_module(esm_if1_file):
+    args, tensors = read_esm_if1(esm_if1_file)
+    module = fair_esm.build_esm_if1_encoder(args).state_dict()
+    del module["embed_positions._float_tensor"]
+    assert esm_if1_shapes(args) == {name: tuple(value.shape) for name, value in module.items()}
+    assert tensors.keys() == module.keys()
+
+
+def test_tokens_and_first_position_are_those_of_fair_esms_alphabet():
+    alphabet = fair_esm.alphabet(fair_esm.ESM_IF1_ALPHABET)
+    assert (MASK_TOKEN, FIRST_POSITION) == (alphabet.mask_idx, alphabet.padding_idx + 1)
+    assert len(alphabet) == NUM_TOKENS
+
+
+def test_a_directory_is_no_esm_if1(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(weights.BadCheckpoint, match="is a directory: wanted the published ESM-IF1 file"):
+        load_esm_if1(str(tmp_path))

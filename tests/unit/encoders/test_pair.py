@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -57,6 +58,15 @@ def test_structure_rows_are_from_esm_if1_and_sequence_rows_from_esm2(encoders, p
     assert_equal_rows((structure,), (load_esm_if1(str(esm_if1_file), **options).encode(proteins),))
     assert_equal_rows((sequence,), (load_esm2(str(esm2_file), **options).encode(proteins),))
     assert [len(rows) for rows in structure] == [len(rows) for rows in sequence] == [len(p) + 2 for p in proteins]
+
+
+def test_the_backend_is_that_of_the_settings_and_the_fast_one_without(config, encoders, proteins):
+    """Both give the same rows, by other models."""
+    by_fair_esm = Encoders.load(SimpleNamespace(**{**vars(config), "backend": "reference"}), torch.device("cpu"))
+    for ours, theirs in ((encoders.structure, by_fair_esm.structure), (encoders.sequence, by_fair_esm.sequence)):
+        assert not hasattr(ours.model, "module") and isinstance(theirs.model.module, torch.nn.Module)
+        for found, wanted in zip(ours.encode(proteins), theirs.encode(proteins), strict=True):
+            assert torch.allclose(found, wanted, atol=1e-5)
 
 
 def test_a_setting_that_is_missing_or_wrong_is_named_and_nothing_is_loaded(tmp_path, config):
