@@ -60,21 +60,51 @@ class Protein:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a structure file says of its entry, beside the coordinates. None or () where it does not say.
+    """What is known of an entry beside the coordinates: from its file, or from RCSB's Data API. None where unknown.
 
-    methods: as deposited, `X-RAY DIFFRACTION`; resolution in angstrom; organisms: scientific names of the polymer
-    sources, each once, in file order; year: of the deposition; num_chains: polymer chains, by author id.
+    Counts are of the deposited entry, named after RCSB's `rcsb_entry_info`; a tuple that is None is unknown, an empty
+    one is known to be empty.
     """
 
     title: str | None = None
-    keywords: tuple[str, ...] = ()
-    methods: tuple[str, ...] = ()
-    resolution: float | None = None
-    organisms: tuple[str, ...] = ()
-    year: int | None = None
+    keywords: tuple[str, ...] | None = None  # free text, without the classification
+    classification: str | None = None  # struct_keywords.pdbx_keywords, as deposited
+    methods: tuple[str, ...] | None = None  # as deposited, `X-RAY DIFFRACTION`
+    methodology: str | None = None  # `experimental` or `computational`
+    resolution: float | None = None  # angstrom
+    wavelength: float | None = None  # angstrom, of the radiation
+    organisms: tuple[str, ...] | None = None  # scientific names, each once, in file order
+    year: int | None = None  # of the deposition
+    publication_year: int | None = None  # of the primary citation
+    software: tuple[str, ...] | None = None
+    molecular_weight: float | None = None  # kDa, polymers and non-polymers without solvent
+
     num_models: int | None = None
-    num_chains: int | None = None
+    num_assemblies: int | None = None
+    num_chains: int | None = None  # polymer chains, by author id
+    num_entities: int | None = None
     num_polymer_entities: int | None = None
+    num_nonpolymer_entities: int | None = None
+    num_branched_entities: int | None = None
+    num_solvent_entities: int | None = None
+    num_dna_entities: int | None = None
+    num_rna_entities: int | None = None
+    num_hybrid_entities: int | None = None
+    num_nucleic_acid_entities: int | None = None
+
+    num_heavy_atoms: int | None = None
+    num_hydrogen_atoms: int | None = None
+    num_solvent_atoms: int | None = None
+    num_polymer_monomers: int | None = None
+    num_unmodeled_monomers: int | None = None
+    num_covalent_bonds: int | None = None  # between molecules
+    num_metal_bonds: int | None = None
+    num_cis_peptides: int | None = None
+
+    polymer_composition: str | None = None  # `heteromeric protein`, ...
+    polymer_type: str | None = None  # `Protein (only)`, ...
+    nucleic_acid_type: str | None = None
+    nonpolymer_components: tuple[str, ...] | None = None  # bound ones, by component id
 
 
 @dataclass(frozen=True)

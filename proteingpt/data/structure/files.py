@@ -1,0 +1,76 @@
+"""Files and their bytes: which are structures, plain or gzipped, and which of the three formats, told by content."""
+
+import gzip
+import re
+import zlib
+from pathlib import Path
+
+from proteingpt.data.structure.atoms import StructureError
+
+STRUCTURE_SUFFIXES = tuple(
+    suffix + packed for suffix in (".cif", ".mmcif", ".pdbx", ".bcif", ".pdb", ".ent") for packed in ("", ".gz")
+)
+
+# Beyond any entry of the archive (the largest have a few million atoms and half a GB of text): refused before a
+# damaged or hostile length fills the memory.
+MAX_FILE_BYTES = 2 << 30
+
+
+def find_structures(directory: str | Path) -> list[Path]:
+    """All structure files under a directory, sorted: flat, or in sub-folders such as the archive's two-letter ones."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise StructureError(f"{directory}: not a directory; wanted one that holds structure files")
+    return sorted(p for p in directory.rglob("*") if p.name.lower().endswith(STRUCTURE_SUFFIXES) and p.is_file())
+
+
+def read_bytes(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            data = (gzip.GzipFile(fileobj=file) if packed else file).read(MAX_FILE_BYTES + 1)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise StructureError(f"damaged or truncated gzip: {error}; fetch the file again") from error
+    except OSError as error:
+        raise StructureError(f"cannot be opened: {error.strerror or error}") from error
+    if len(data) > MAX_FILE_BYTES:
+        raise StructureError(f"more than {MAX_FILE_BYTES} bytes unpacked; no structure is that large")
+    if not data.strip():
+        raise StructureError("the file is empty")
+    return data
+
+
+_PDB_RECORD = re.compile(
+    rb"^(?:HEADER|TITLE |COMPND|SEQRES|REMARK|CRYST1|MODEL |ATOM  |HETATM|EXPDTA|AUTHOR|HELIX |DBREF )", re.MULTILINE
+)
+
+
+def kind_of(data: bytes, path: Path) -> str:
+    """`bcif`, `mmcif` or `pdb`, by content."""
+    is_map = 0x80 <= data[0] <= 0x8F or data[0] in (0xDE, 0xDF)  # MessagePack's map markers
+    if is_map and b"dataBlocks" in data:
+        return "bcif"
+    if b"\0" in data:
+        if ".bcif" in path.suffixes:
+            raise StructureError("binary, but not a whole BinaryCIF: it does not begin with a map that has dataBlocks")
+        raise StructureError("binary content that is neither gzip nor BinaryCIF")
+    if re.match(rb"(?:\xef\xbb\xbf)?(?:\s|#[^\n]*\n)*data_", data, re.IGNORECASE):
+        return "mmcif"
+    if _PDB_RECORD.search(data):
+        return "pdb"
+    raise StructureError("neither mmCIF (no data_ block), BinaryCIF, nor PDB format (no record of it)")
+
+
+def decode(data: bytes) -> str:
+    """Text with plain line ends. Titles of old files may hold stray bytes: they are replaced, not fatal."""
+    text = data.decode("utf-8-sig", errors="replace")
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+
+
+def stem(path: Path) -> str:
+    name = path.name
+    for suffix in sorted(STRUCTURE_SUFFIXES, key=len, reverse=True):
+        if name.lower().endswith(suffix):
+            return name[: -len(suffix)].lower()
+    return path.stem.lower()
