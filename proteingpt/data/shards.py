@@ -15,9 +15,12 @@ import itertools
 import json
 import os
 import re
+import tarfile
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +41,29 @@ MAX_KEY_LENGTH = 100 - max(len(f".{field}") for field in FIELDS)
 MAX_OPEN_SHARDS = 512
 
 SHARD_FILE = re.compile(r"[a-z]+-\d{5,}\.(tar|index\.jsonl)(\.partial)?")
+# Entries of a shard's manifest record that name files.
+FILE_NAMES = ("file", "index_file")
+# Programs whose version may change the bytes of a shard; the manifest names them.
+VERSIONED = ("proteingpt", "biotite", "numpy")
 
 
 class ShardError(ValueError):
     """Shards that cannot be written as asked, or are not there, not whole, or not what their manifest says."""
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """A sample as the bytes of its members, {field: bytes}, with the numbers that the index keeps."""
+
+    key: str
+    num_residues: int
+    num_turns: int
+    members: Mapping[str, bytes]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes the members take in a tar, headers and padding included."""
+        return sum(TAR_BLOCK_BYTES + _padded(len(data)) for data in self.members.values())
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
@@ -67,20 +89,23 @@ def check_key(key: str) -> None:
 
 def write_shards(
     directory: str | Path,
-    samples_by_split: Mapping[str, Iterable[Sample]],
+    samples_by_split: Mapping[str, Iterable[Sample | EncodedSample]],
     *,
-    samples_per_shard: int,
+    samples_per_shard: int | None,
     options: dict,
+    bytes_per_shard: int | None = None,
 ) -> dict:
     """Writes each split as `SPLIT-00000.tar` and so on with an index beside each, then the manifest, and returns it.
 
+    A shard ends before the sample that would make it larger than samples_per_shard or bytes_per_shard (None: no limit).
     Samples are taken one at a time, split after split; the same samples give the same bytes. Each file is written
     aside and renamed, the manifest last, so a directory with a manifest is whole. Shards that lie in the directory are
     replaced: their manifest goes first. options: JSON values, kept in the manifest as they are.
     Raises ShardError for a refused or repeated key, metadata that is not JSON, or an unusable split name.
     """
-    if samples_per_shard < 1:
-        raise ShardError(f"samples_per_shard is {samples_per_shard}, wanted at least 1")
+    for name, limit in (("samples_per_shard", samples_per_shard), ("bytes_per_shard", bytes_per_shard)):
+        if limit is not None and limit < 1:
+            raise ShardError(f"{name} is {limit}, wanted at least 1")
     for split in samples_by_split:
         if not re.fullmatch(r"[a-z]+", split):
             raise ShardError(f"split name {split!r}: wanted lower-case letters only, as in train")
@@ -89,12 +114,16 @@ def write_shards(
     remove_shards(directory)
     keys: set[str] = set()
     splits = {
-        split: list(_write_split(directory, split, samples, samples_per_shard, keys))
+        split: [
+            _write_shard(directory, f"{split}-{number:05d}", shard, keys)
+            for number, shard in enumerate(_cut_shards(samples, samples_per_shard, bytes_per_shard))
+        ]
         for split, samples in samples_by_split.items()
     }
     manifest = {
         "format": "proteingpt-shards",
         "format_version": FORMAT_VERSION,
+        "versions": program_versions(),
         "options": options,
         "totals": {split: _totals(shards) for split, shards in splits.items()},
         "splits": splits,
@@ -147,20 +176,29 @@ def _fsync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _write_split(
-    directory: Path, split: str, samples: Iterable[Sample], samples_per_shard: int, keys: set[str]
-) -> Iterator[dict]:
-    """Writes the shards of one split and yields the manifest record of each. Takes samples only as it writes them."""
-    samples = iter(samples)
-    for number in itertools.count():
-        first = next(samples, None)
-        if first is None:
-            return
-        shard = itertools.chain([first], itertools.islice(samples, samples_per_shard - 1))
-        yield _write_shard(directory, f"{split}-{number:05d}", shard, keys)
+def _cut_shards(
+    samples: Iterable[Sample | EncodedSample], max_samples: int | None, max_bytes: int | None
+) -> Iterator[Iterator[EncodedSample]]:
+    """The samples in runs, each one shard. Takes them only as it gives them: each run is to be used up in its turn."""
+    encoded = (sample if isinstance(sample, EncodedSample) else encode_sample(sample) for sample in samples)
+    waiting = None
+
+    def run() -> Iterator[EncodedSample]:
+        nonlocal waiting
+        num_samples = num_bytes = 0
+        while waiting is not None:
+            num_bytes += waiting.num_bytes
+            if num_samples and max_bytes is not None and num_bytes > max_bytes:
+                return
+            num_samples += 1
+            yield waiting
+            waiting = None if num_samples == max_samples else next(encoded, None)
+
+    while (waiting := waiting or next(encoded, None)) is not None:
+        yield run()
 
 
-def _write_shard(directory: Path, name: str, samples: Iterable[Sample], keys: set[str]) -> dict:
+def _write_shard(directory: Path, name: str, samples: Iterable[EncodedSample], keys: set[str]) -> dict:
     """Writes `NAME.tar` and `NAME.index.jsonl`; returns their manifest record. `keys` gathers those already used."""
     tar_path, index_path = directory / f"{name}.tar", directory / f"{name}.index.jsonl"
     with replacing(tar_path) as file:
@@ -179,7 +217,7 @@ def _write_shard(directory: Path, name: str, samples: Iterable[Sample], keys: se
     }
 
 
-def _write_tar(file: io.BufferedWriter, samples: Iterable[Sample], keys: set[str]) -> list[dict]:
+def _write_tar(file: io.BufferedWriter, samples: Iterable[EncodedSample], keys: set[str]) -> list[dict]:
     """Writes the samples as a WebDataset tar into `file`; returns their index records in order."""
     # Late, because it imports torch, which the processes that parse structures do not need.
     from webdataset import TarWriter
@@ -192,14 +230,11 @@ def _write_tar(file: io.BufferedWriter, samples: Iterable[Sample], keys: set[str
             if sample.key in keys:
                 raise ShardError(f"sample key {sample.key!r} occurs twice: a tar reader would merge the two samples")
             keys.add(sample.key)
-            members = encode_sample(sample)
-            spans, end = _place_members(members, writer.tarstream.offset)
-            writer.write({"__key__": sample.key, **members})
+            spans, end = _place_members(sample.members, writer.tarstream.offset)
+            writer.write({"__key__": sample.key, **sample.members})
             assert writer.tarstream.offset == end, "webdataset laid the members out otherwise than the index says"
-            num_residues, num_turns = len(sample.protein), len(sample.turns)
-            records.append(
-                {"key": sample.key, "num_residues": num_residues, "num_turns": num_turns, "members": spans}
-            )
+            numbers = {"num_residues": sample.num_residues, "num_turns": sample.num_turns}
+            records.append({"key": sample.key, **numbers, "members": spans})
     return records
 
 
@@ -210,12 +245,16 @@ def _place_members(members: Mapping[str, bytes], start: int) -> tuple[dict[str, 
         data = members[field]
         offset = position + TAR_BLOCK_BYTES
         spans[field] = [offset, len(data), zlib.crc32(data)]
-        position = offset + -(-len(data) // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
+        position = offset + _padded(len(data))
     return spans, position
 
 
-def encode_sample(sample: Sample) -> dict[str, bytes]:
-    """The members of a sample, {field: bytes}. Raises ShardError where the metadata is not plain JSON."""
+def _padded(size: int) -> int:
+    return -(-size // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
+
+
+def encode_sample(sample: Sample) -> EncodedSample:
+    """The sample as bytes. Raises ShardError where the metadata is not plain JSON."""
     protein = sample.protein
     clash = [name for name in RESERVED_METADATA if name in sample.metadata]
     if clash:
@@ -229,7 +268,7 @@ def encode_sample(sample: Sample) -> dict[str, bytes]:
     }
     if protein.confidence is not None:
         members["confidence.npy"] = _encode_npy(protein.confidence)
-    return members
+    return EncodedSample(sample.key, len(protein), len(sample.turns), members)
 
 
 def _encode_npy(array: np.ndarray) -> bytes:
@@ -248,6 +287,11 @@ def _encode_json(value, key: str) -> bytes:
 def _totals(shards: list[dict]) -> dict[str, int]:
     names = ("num_samples", "num_residues", "num_turns", "num_bytes")
     return {"num_shards": len(shards), **{name: sum(shard[name] for shard in shards) for name in names}}
+
+
+def program_versions() -> dict[str, str]:
+    """The versions of what may change the bytes: {"format": ..., "proteingpt": ..., "biotite": ..., "numpy": ...}."""
+    return {"format": str(FORMAT_VERSION), **{name: metadata.version(name) for name in VERSIONED}}
 
 
 def file_sha256(path: str | Path) -> str:
@@ -284,7 +328,7 @@ class ShardSet:
         self.num_turns = np.array([r["num_turns"] for r in itertools.chain(*records)], np.int32)
         # int64 (S, fields, 3): offset, size, crc32; offset -1 where a sample lacks the field.
         self._spans = np.array([_spans(r["members"]) for r in itertools.chain(*records)], np.int64)
-        self._shard_of = np.repeat(np.arange(len(records)), [len(r) for r in records])
+        self.shard_numbers = np.repeat(np.arange(len(records)), [len(r) for r in records])
         self._descriptors: dict[int, int] = {}
         self._lock = threading.Lock()
         self._closed = False
@@ -334,7 +378,7 @@ class ShardSet:
         spans = {field: span for field, span in zip(FIELDS, every_span) if field in fields and span[0] >= 0}
         start = min(offset for offset, _, _ in spans.values())
         end = max(offset + size for offset, size, _ in spans.values())
-        block = memoryview(self._read_at(int(self._shard_of[i]), start, end - start))
+        block = memoryview(self._read_at(int(self.shard_numbers[i]), start, end - start))
         members = {}
         for field, (offset, size, crc) in spans.items():
             members[field] = block[offset - start : offset - start + size]
@@ -380,13 +424,13 @@ class ShardSet:
             raise self._error(i, "members", f"not in the form of shards/README.md: {error}") from error
 
     def _error(self, i: int, field: str, what: str) -> ShardError:
-        shard = self.shards[self._shard_of[i]]["file"]
+        shard = self.shards[self.shard_numbers[i]]["file"]
         return ShardError(f"shard {self.directory / shard}, sample {self.keys[i]}, {field}: {what}")
 
     def _name_broken(self, shard: int) -> str:
         """Which samples of a damaged shard fail their own checksums, at most five of them by name."""
         broken = []
-        for i in np.flatnonzero(self._shard_of == shard).tolist():
+        for i in np.flatnonzero(self.shard_numbers == shard).tolist():
             try:
                 self._fetch(i, FIELDS)
             except ShardError:
@@ -491,3 +535,119 @@ def _read_index(directory: Path, shard: dict) -> list[dict]:
 
 def _spans(members: Mapping[str, list[int]]) -> list[list[int]]:
     return [members.get(field, [-1, 0, 0]) for field in FIELDS]
+
+
+# --- checking -------------------------------------------------------------------------------------------------------
+
+
+def find_faults(directory: str | Path) -> list[str]:
+    """Everything that is wrong with a shard directory, one line each; empty where it is whole.
+
+    Compares sizes and checksums with the manifest; walks each tar with a plain reader and compares its members with
+    the index; decodes every sample and holds it to shards/README.md; compares the counts; looks for keys that occur
+    twice and for files that the manifest does not list. Raises ShardError only where there is no manifest to go by.
+    """
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    faults, key_shards = [], {}
+    for split, shards in manifest["splits"].items():
+        for shard in shards:
+            faults += _shard_faults(directory, shard, key_shards)
+        if manifest["totals"].get(split) != _totals(shards):
+            faults.append(f"{MANIFEST_NAME}: the totals of {split} are not the sums over its shards")
+    listed = {shard[name] for shards in manifest["splits"].values() for shard in shards for name in FILE_NAMES}
+    strays = [path.name for path in existing_shards(directory) if path.name not in listed | {MANIFEST_NAME}]
+    return faults + [f"{name}: the manifest does not list it" for name in strays]
+
+
+def _shard_faults(directory: Path, shard: dict, key_shards: dict[str, str]) -> list[str]:
+    """The faults of one shard and its index. key_shards: {key: shard it was first found in}, added to."""
+    faults = []
+    for name, wanted in zip(FILE_NAMES, ("sha256", "index_sha256")):
+        path = directory / shard[name]
+        if not path.is_file():
+            return faults + [f"{shard[name]}: missing"]
+        if file_sha256(path) != shard[wanted]:
+            faults.append(f"{shard[name]}: wrong sha256")
+    size = (directory / shard["file"]).stat().st_size
+    if size != shard["num_bytes"]:
+        faults.append(f"{shard['file']}: {size} bytes, the manifest says {shard['num_bytes']}")
+    try:
+        records = [json.loads(line) for line in (directory / shard["index_file"]).read_bytes().splitlines()]
+        faults += [f"{shard['file']}: {fault}" for fault in _count_faults(shard, records)]
+        faults += [f"{shard['file']}: {fault}" for fault in _walk_faults(directory / shard["file"], records)]
+        for record in records:
+            if record["key"] in key_shards:
+                faults.append(f"{shard['file']}: sample {record['key']} is also in {key_shards[record['key']]}")
+            key_shards.setdefault(record["key"], shard["file"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        faults.append(f"{shard['index_file']}: not an index ({type(error).__name__}: {error})")
+    return faults
+
+
+def _count_faults(shard: dict, records: list[dict]) -> Iterator[str]:
+    found = {"num_samples": len(records)}
+    found |= {name: sum(record[name] for record in records) for name in ("num_residues", "num_turns")}
+    for name, count in found.items():
+        if count != shard[name]:
+            yield f"the index has {name} {count}, the manifest says {shard[name]}"
+
+
+def _walk_faults(path: Path, records: list[dict]) -> Iterator[str]:
+    """What a plain tar reader finds otherwise than the index says, and what the members hold that they may not."""
+    found = {}
+    try:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if member.name in found:
+                    yield f"member {member.name} occurs twice"
+                found[member.name] = (member.offset_data, member.size)
+    except (tarfile.TarError, EOFError) as error:
+        yield f"a tar reader stops after {len(found)} members: {error}"
+    wanted = {f"{record['key']}.{field}": span for record in records for field, span in record["members"].items()}
+    if missing := [name for name in wanted if name not in found]:
+        yield f"a tar reader does not find {_first_of(missing)}"
+    if extra := [name for name in found if name not in wanted]:
+        yield f"the index does not list {_first_of(extra)}"
+    if moved := [name for name, span in wanted.items() if name in found and found[name] != tuple(span[:2])]:
+        yield f"the index has another place or size for {_first_of(moved)}"
+    if not missing and list(found) != list(wanted) and not extra:
+        yield "the members are not in the order of the index"
+    with open(path, "rb") as file:
+        for record in records:
+            fault = _sample_fault(file, record)
+            if fault:
+                yield f"sample {record['key']}: {fault}"
+
+
+def _first_of(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _sample_fault(file: io.BufferedReader, record: dict) -> str | None:
+    """What is wrong with the sample at the index's offsets, or None."""
+    members = {}
+    for field, (offset, size, crc) in record["members"].items():
+        file.seek(offset)
+        members[field] = memoryview(file.read(size))
+        if zlib.crc32(members[field]) != crc:
+            return f"{field} has a wrong checksum"
+    try:
+        check_key(record["key"])
+        sample = decode_sample(members)
+    except (ValueError, KeyError, TypeError) as error:
+        return f"cannot be decoded: {type(error).__name__}: {error}"
+    protein = sample.protein
+    if sample.key != record["key"]:
+        return f"its meta.json says {sample.key}"
+    if (len(protein), len(sample.turns)) != (record["num_residues"], record["num_turns"]):
+        return f"{len(protein)} residues and {len(sample.turns)} turns, the index says otherwise"
+    if np.isinf(protein.backbone).any():
+        return "its backbone has infinite coordinates"
+    # A published embedding stands for a structure that is not there.
+    if not protein.resolved.any() and "embedding" not in sample.metadata:
+        return "no residue of it has all three backbone atoms"
+    confidence = protein.confidence
+    if confidence is not None and not ((confidence >= 0) & (confidence <= 1)).all():
+        return "its confidence is not between 0 and 1"
+    return None

@@ -1,13 +1,20 @@
 """The real command, in a process of its own, on hand-made structure files, some of them broken."""
 
 import json
+import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
+from proteingpt.data.assemble import BuildOptions
+from proteingpt.data.filters import Filters
+from proteingpt.data.rcsb import Addresses
 from proteingpt.data.shards import ShardSet
+from proteingpt.data.sources import Sources
 
 REPOSITORY = Path(__file__).parents[2]
 THREE_LETTERS = dict(A="ALA", C="CYS", D="ASP", G="GLY", K="LYS")
@@ -87,9 +94,37 @@ def test_the_command_ends_with_a_message_and_a_code_when_it_refuses(structures, 
     assert run("--structures", structures, "--out", out, "--overwrite").returncode == 0
 
 
+def shards(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "launch/shards.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+
+
+def test_verify_and_info_of_what_was_built(structures, tmp_path):
+    out = tmp_path / "out"
+    assert run("--structures", structures, "--out", out, "--min_residues", 6).returncode == 0
+    whole = shards("verify", out)
+    assert whole.returncode == 0 and whole.stdout.strip() == f"{out}: whole"
+    shown = shards("info", out)
+    assert shown.returncode == 0, shown.stderr
+    assert re.search(r"wanted length +3\n", shown.stdout) and re.search(r"1-50 +3 +#", shown.stdout)
+    assert re.search(r"3  How many residues does this protein chain have\?", shown.stdout)
+    root = ElementTree.parse(out / "info.svg").getroot()
+    assert any(element.text == "wanted length" for element in root.iter())
+    # The picture is no fault of the shards; a flipped byte is.
+    tar = out / "train-00000.tar"
+    content = bytearray(tar.read_bytes())
+    content[600] ^= 1
+    tar.write_bytes(content)
+    broken = shards("verify", out)
+    assert broken.returncode == 1 and "train-00000.tar: wrong sha256" in broken.stdout
+    nothing = shards("verify", tmp_path)
+    assert nothing.returncode == 1 and "no shards in" in nothing.stderr and "Traceback" not in nothing.stderr
+
+
 def test_help_explains_every_option():
     shown = run("--help").stdout
-    for option in "structures out chain test_fraction seed samples_per_shard min_residues max_residues".split():
-        assert f"--{option} " in shown
-    for option in ("max_failed_share", "overwrite", "workers"):
+    for field in [*fields(Filters), *fields(Sources), *fields(BuildOptions)]:
+        if field.name not in ("filters", "addresses"):
+            assert f"--{field.name} " in shown or f"--{field.name}]" in shown, field.name
+    for option in ("out", "max_failed_share", "overwrite", "workers", *(f"{f.name}_url" for f in fields(Addresses))):
         assert f"--{option}" in shown

@@ -1,33 +1,25 @@
 """The build on hand-made PDB and mmCIF files: which are taken, which are set aside and why, which are for testing."""
 
 import json
+import multiprocessing
 import os
-import queue
+import signal
 import threading
+import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from proteingpt.data.build import (
-    BuildError,
-    ReadOptions,
-    Skip,
-    _mpi_outcomes,
-    _mpi_world,
-    _outcomes,
-    build,
-    choose_files,
-    draw_test_entries,
-    entry_name,
-    format_report,
-    read_outcome,
-    wanted_chains,
-    world_size,
-)
-from proteingpt.data.shards import ShardError, ShardSet
+from proteingpt.data.build import BuildError, _mpi_world, _name_dead, build, format_report, parse_batch, world_size
+from proteingpt.data.crew import Crew
+from proteingpt.data.entries import read_outcome
+from proteingpt.data.filters import Filters, Skip
+from proteingpt.data.shards import ShardError, ShardSet, find_faults
+from proteingpt.data.sources import Job
 from proteingpt.protein import Turn
 
 NAMES = dict(A="ALA", C="CYS", D="ASP", E="GLU", F="PHE", G="GLY", K="LYS", M="MET", W="TRP", X="UNK")
@@ -146,10 +138,8 @@ def test_a_sample_holds_what_stands_in_its_file(structures, tmp_path):
     assert sample.protein.sequence == "ACDEFGK"
     assert sample.protein.resolved.tolist() == [False] + [True] * 6
     np.testing.assert_allclose(sample.protein.backbone[1, :, 0], [7.6, 8.6, 9.6], rtol=1e-6)
-    assert sample.turns[:2] == (
-        Turn("How many residues does this protein chain have?", "7"),
-        Turn("How many residues of this protein chain are unresolved?", "1"),
-    )
+    assert Turn("How many residues does this protein chain have?", "7") in sample.turns
+    assert Turn("How many residues of this protein chain are unresolved?", "1") in sample.turns
     assert Turn("What is the resolution in angstroms for this protein?", "1.8") in sample.turns
     assert "STRUCTURE OF 1ABC" in sample.description
     assert sample.metadata["source"]["file"] == "1abc.pdb" and len(sample.metadata["source"]["sha256"]) == 64
@@ -182,7 +172,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers(structures, tmp_path):
         build(structures, tmp_path / f"out{workers}", workers=workers, samples_per_shard=2)
     names = sorted(path.name for path in (tmp_path / "out1").iterdir())
     assert "train-00001.tar" in names and names == sorted(path.name for path in (tmp_path / "out2").iterdir())
-    for name in set(names) - {"report.json"}:
+    for name in names:
         assert (tmp_path / "out1" / name).read_bytes() == (tmp_path / "out2" / name).read_bytes(), name
 
 
@@ -194,9 +184,10 @@ def test_all_chains_of_an_entry_are_on_one_side(tmp_path):
     assert report.entries == {"train": 3, "test": 2} and report.samples == {"train": 9, "test": 6}
     entries = {split: {key.split("_")[0] for key in keys} for split, keys in sides.items()}
     assert not entries["train"] & entries["test"]
-    assert all([f"{entry}_A", f"{entry}_a", f"{entry}_B"] == keys for entry, keys in by_entry(sides["train"]).items())
+    assert all([f"{entry}_A", f"{entry}_B", f"{entry}_a"] == keys for entry, keys in by_entry(sides["train"]).items())
     # All five hold the same three sequences: the report must say that the split separates nothing.
-    assert report.num_test_sequences_in_train == 6 and "6 test samples" in format_report(report)
+    assert report.leak == {"num_test_sequences_in_train": 6, "share_test_sequences_in_train": 1.0}
+    assert "6 test samples (100.0%)" in format_report(report)
 
 
 def by_entry(keys: list[str]) -> dict[str, list[str]]:
@@ -255,22 +246,171 @@ def test_a_fault_of_the_reader_is_a_skip_too(tmp_path, monkeypatch):
     def fail(path):
         raise ZeroDivisionError("no atoms")
 
-    monkeypatch.setattr("proteingpt.data.build.read_entry", fail)
-    outcome = read_outcome(path, ReadOptions(tmp_path, "A", 1, None))
+    monkeypatch.setattr("proteingpt.data.entries.read_entry", fail)
+    outcome = read_outcome(Job(path, "1abc.pdb", "1abc"), Filters())
     assert outcome.skips == (Skip("1abc.pdb", "1abc", "", "reader failed", "ZeroDivisionError: no atoms"),)
 
 
-class DeadlyPath(type(Path())):
-    """A path that ends the process it is sent to, as the system does to one that takes too much memory."""
+def test_a_parsing_process_that_dies_is_named_with_the_file_it_had(tmp_path):
+    """A worker is killed while it waits for a file that does not come (a pipe nobody writes to)."""
+    os.mkfifo(tmp_path / "1abc.cif")
+    work = tmp_path / "work"
+    work.mkdir()
 
-    def __reduce__(self):
-        return os._exit, (9,)
+    def kill_reader() -> None:
+        while not (notes := [note for note in work.glob("reading-*") if note.read_text()]):
+            time.sleep(0.01)
+        os.kill(int(notes[0].name.rpartition("-")[2]), signal.SIGKILL)
+
+    threading.Thread(target=kill_reader, daemon=True).start()
+    jobs = [("key", Job(tmp_path / "1abc.cif", "1abc.cif", "1abc"))]
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
+        crew = Crew(executor, 1, here=False)
+        with pytest.raises(BrokenProcessPool):
+            list(crew.run(partial(parse_batch, filters=Filters(), work=work), [jobs]))
+    message = _name_dead(work, crew)
+    assert "died while reading 1abc.cif (process" in message and "ended with -9" in message
 
 
-def test_a_parsing_process_that_dies_is_told_with_the_files_it_may_have_had(tmp_path):
-    path = write_files(tmp_path, {"1abc.pdb": pdb_text("1abc", {"A": "ACD"})}) / "1abc.pdb"
-    with pytest.raises(BuildError, match="a parsing process died.* on one of: 1abc.pdb; give fewer workers"):
-        list(_outcomes([path], ReadOptions(DeadlyPath(tmp_path), "A", 1, None), workers=2))
+# --- facts, abstracts and questions from elsewhere
+
+TEXT = {"pdb_id": "2abc", "caption": "We solved it."}
+
+
+def annotation(entry: str, date: str, entities: dict[str, str]) -> str:
+    """A file of RCSB's Data API, as far as it is read."""
+    answer = {
+        "rcsb_id": entry.upper(),
+        "struct": {"title": f"{entry} at RCSB"},
+        "rcsb_accession_info": {"initial_release_date": f"{date}T00:00:00Z"},
+        "polymer_entities": [
+            {"rcsb_polymer_entity_container_identifiers": {"entity_id": number, "auth_asym_ids": [chain]}}
+            for chain, number in entities.items()
+        ],
+    }
+    return json.dumps(answer)
+
+
+def test_the_abstract_is_the_description_and_the_rest_falls_where_it_is_required(structures, tmp_path):
+    abstracts = tmp_path / "abstract.json"
+    abstracts.write_text(json.dumps([TEXT]))
+    build(structures, tmp_path / "free", abstracts=abstracts, test_fraction=0)
+    samples = {s.key: s for s in map(ShardSet(tmp_path / "free", "train").read, range(5))}
+    assert samples["2abc_A"].description == "We solved it."
+    assert samples["2abc_A"].metadata["description_from"] == "abstract"
+    assert "STRUCTURE OF 1ABC" in samples["1abc_A"].description
+    assert samples["1abc_A"].metadata["description_from"] == "facts"
+    report = build(structures, tmp_path / "strict", abstracts=abstracts, require_abstract=True, test_fraction=0)
+    assert report.samples["train"] == 1 and report.skipped_by_reason == {"no abstract": 10}
+    assert report.funnel[:2] == [("entries", 11), ("has an abstract", 1)]
+
+
+def test_given_questions_follow_the_computed_ones_and_replace_those_of_the_same_wording(structures, tmp_path):
+    asked = "How many residues does this protein chain have?"
+    qa = {"1ABC": [{"Q": asked, "A": "seven"}, {"Q": "What binds it?", "A": "Nothing."}]}
+    (tmp_path / "qa.json").write_text(json.dumps(qa))
+    build(structures, tmp_path / "out", qa=[tmp_path / "qa.json"], test_fraction=0)
+    turns = ShardSet(tmp_path / "out", "train").read(0).turns
+    assert turns[-2:] == (Turn(asked, "seven"), Turn("What binds it?", "Nothing."))
+    assert [turn.question for turn in turns].count(asked) == 1
+
+
+def test_rcsb_has_the_word_over_the_file_and_the_file_fills_the_rest(structures, tmp_path):
+    facts = write_files(tmp_path / "facts", {"1abc.json": annotation("1abc", "2001-05-06", {})})
+    build(structures, tmp_path / "out", facts=facts, test_fraction=0)
+    found = ShardSet(tmp_path / "out", "train").read(0).metadata["facts"]
+    assert found["title"] == "1abc at RCSB" and found["resolution"] == 1.8
+
+
+def test_the_date_split_holds_out_what_was_released_last(structures, tmp_path):
+    days = {"1abc": "2003-01-01", "2abc": "2009-01-01", "3abc": "2001-01-01", "4abc": "2008-12-31"}
+    facts = {f"{name}.json": annotation(name, day, {}) for name, day in days.items()}
+    facts = write_files(tmp_path / "facts", facts)
+    # 5abc has no release date: its year of deposition, 1994, stands in.
+    build(structures, tmp_path / "share", facts=facts, split="date", test_fraction=0.4)
+    assert ShardSet(tmp_path / "share", "test").keys == ["2abc_A", "4abc_A"]
+    build(structures, tmp_path / "day", facts=facts, split="date", test_from="2009-01-01")
+    assert ShardSet(tmp_path / "day", "test").keys == ["2abc_A"]
+    manifest = json.loads((tmp_path / "day" / "manifest.json").read_text())
+    assert manifest["options"]["split"] == "date" and manifest["options"]["test_from"] == "2009-01-01"
+
+
+def test_the_cluster_split_keeps_clusters_whole_and_the_report_measures_the_others(structures, tmp_path):
+    clusters = tmp_path / "clusters.txt"
+    clusters.write_text("1ABC_1 2ABC_1 9XYZ_1\n3ABC_1\n4ABC_2 5ABC_1\n3ABC_2 5ABC_2\n")
+    facts = {f"{n}abc.json": annotation(f"{n}abc", "2001-01-01", {"A": "2" if n == 4 else "1"}) for n in range(1, 6)}
+    facts = write_files(tmp_path / "facts", facts)
+    for seed in range(4):
+        out = tmp_path / f"out{seed}"
+        report = build(structures, out, facts=facts, split="cluster", clusters=clusters, test_fraction=0.4, seed=seed)
+        test = set(ShardSet(out, "test").keys)
+        assert test in ({"1abc_A", "2abc_A"}, {"4abc_A", "5abc_A"}, {"3abc_A"})
+        assert report.leak["num_test_samples_in_train_clusters"] == 0
+    # Without the chain's entity, all clusters of an entry count: 3 and 5 are linked by their second ones.
+    report = build(structures, tmp_path / "careful", split="cluster", clusters=clusters, test_fraction=0.4, seed=1)
+    assert ShardSet(tmp_path / "careful", "test").keys == ["1abc_A", "2abc_A"]
+    lots = build(structures, tmp_path / "lots", facts=facts, clusters=clusters, test_fraction=0.2, seed=0)
+    (key,) = ShardSet(tmp_path / "lots", "test").keys
+    alone = key == "3abc_A"
+    assert lots.leak["share_test_samples_in_train_clusters"] == (0.0 if alone else 1.0)
+
+
+def test_the_published_split_is_kept_and_the_unlisted_fall(structures, tmp_path):
+    (tmp_path / "dataset.json").write_text(json.dumps({"train": ["1abc", "2abc"], "test": ["4abc"]}))
+    report = build(structures, tmp_path / "out", split="published", dataset=tmp_path / "dataset.json")
+    assert ShardSet(tmp_path / "out", "train").keys == ["1abc_A", "2abc_A"]
+    assert ShardSet(tmp_path / "out", "test").keys == ["4abc_A"]
+    assert report.skipped_by_reason["not in the split"] == 8
+    with pytest.raises(BuildError, match="give --dataset FILE"):
+        build(structures, tmp_path / "none", split="published")
+
+
+def test_filters_that_are_asked_for_stand_in_the_funnel(structures, tmp_path):
+    files = {"7nmr.pdb": pdb_text("7nmr", {"A": "ACX"}).replace("X-RAY DIFFRACTION", "SOLUTION NMR")}
+    write_files(structures, files)
+    wanted = dict(standard_letters_only=True, methods=("X-RAY", "em"), max_resolution=2.0, max_residues=10)
+    report = build(structures, tmp_path / "out", **wanted, test_fraction=0)
+    assert report.funnel == [
+        ("entries", 12),
+        ("is readable", 10),
+        ("has the wanted chain", 9),
+        ("has a backbone", 7),
+        ("no non-coding letters", 6),
+        ("wanted method", 5),
+        ("wanted resolution", 5),
+        ("wanted length", 4),
+    ]
+    assert report.num_samples == 4
+
+
+def test_shards_end_at_the_size_asked_for(structures, tmp_path):
+    """Each sample takes about 6 kB in the tar."""
+    build(structures, tmp_path / "out", shard_mb=0.016, test_fraction=0)
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    sizes = [shard["num_samples"] for shard in manifest["splits"]["train"]]
+    assert sizes == [2, 2, 1] and find_faults(tmp_path / "out") == []
+
+
+# --- going on
+
+
+def test_another_start_takes_up_what_was_parsed_unless_the_file_has_changed(structures, tmp_path):
+    with pytest.raises(BuildError, match="more than max_failed_share"):
+        build(structures, tmp_path / "out", max_failed_share=0)
+    (structures / "5abc.pdb").write_text(pdb_text("5abc", {"A": "GGGG"}))
+    report = build(structures, tmp_path / "out", test_fraction=0)
+    assert report.num_continued == 10
+    assert ShardSet(tmp_path / "out", "train").read(4).protein.sequence == "GGGG"
+    assert not (tmp_path / "out" / ".build").exists()
+
+
+def test_a_damaged_piece_is_parsed_again(structures, tmp_path):
+    with pytest.raises(BuildError, match="more than max_failed_share"):
+        build(structures, tmp_path / "out", max_failed_share=0)
+    (piece,) = (tmp_path / "out" / ".build").glob("*.data")
+    piece.write_bytes(piece.read_bytes()[:-1])
+    assert build(structures, tmp_path / "out").num_continued == 0
+    assert find_faults(tmp_path / "out") == []
 
 
 # --- refused
@@ -300,7 +440,8 @@ def test_nothing_left_is_an_error_that_counts_the_reasons(tmp_path):
 def test_too_large_a_share_of_failures_stops_before_writing(structures, tmp_path):
     with pytest.raises(BuildError, match=r"6 of 11 entries failed \(54.5%\), more than max_failed_share 50.0%"):
         build(structures, tmp_path / "out", max_failed_share=0.5)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["skipped.tsv"]
+    # What was parsed is kept: the same command with another share need not parse it again.
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".build", "skipped.tsv"]
     # Chains outside the asked lengths are not failures.
     build(structures, tmp_path / "out", max_failed_share=0.6, max_residues=7, test_fraction=0)
 
@@ -315,6 +456,11 @@ def test_too_large_a_share_of_failures_stops_before_writing(structures, tmp_path
         ({"min_residues": 0}, "min_residues is 0"),
         ({"max_residues": 3, "min_residues": 4}, "max_residues 3 is less than min_residues 4"),
         ({"max_failed_share": 2}, "max_failed_share is 2"),
+        ({"max_resolution": 0}, "max_resolution is 0"),
+        ({"shard_mb": 0}, "shard_mb is 0"),
+        ({"split": "random"}, "split is 'random', wanted one of paper, date, cluster, published"),
+        ({"test_from": "2020-01-01"}, "test_from goes with split date"),
+        ({"test_from": "2020-1-1", "split": "date"}, "test_from is '2020-1-1', wanted a day"),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_is_made(structures, tmp_path, options, message):
@@ -329,57 +475,13 @@ def test_missing_and_empty_directories_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(BuildError, match="no structure file in .*empty"):
         build(tmp_path / "empty", tmp_path / "out")
+    with pytest.raises(BuildError, match="no source: give --structures"):
+        build(None, tmp_path / "out")
     write_files(tmp_path / "one", {"1abc.pdb": GOOD["1abc.pdb"]})
-    with pytest.raises(BuildError, match="test_fraction 0.9 of 1 entries leaves none to train on"):
-        build(tmp_path / "one", tmp_path / "out", test_fraction=0.9)
-
-
-# --- the parts
-
-
-@pytest.mark.parametrize(
-    "name, wanted",
-    [
-        ("1ABC.cif.gz", ("1abc", 1)),
-        ("1abc.bcif", ("1abc", 0)),
-        ("pdb1abc.ent.gz", ("1abc", 2)),
-        ("pdb1abc.pdb", ("pdb1abc", 2)),
-        ("AF-P29373-F1.cif", ("af-p29373-f1", 1)),
-        ("model.v2.PDB", ("model.v2", 2)),
-    ],
-)
-def test_the_entry_is_told_by_the_name_of_the_file(name, wanted):
-    assert entry_name(Path(name)) == wanted
-
-
-def test_binarycif_is_preferred_to_mmcif_to_pdb():
-    root = Path("/data")
-    files = [root / name for name in ("1abc.pdb", "1abc.cif", "b/1abc.bcif", "a/1abc.bcif", "2abc.ent", "2abc.mmcif")]
-    chosen, duplicates = choose_files(files, root)
-    assert chosen == [root / "a/1abc.bcif", root / "2abc.mmcif"]
-    assert [skip.file for skip in duplicates] == ["b/1abc.bcif", "1abc.cif", "1abc.pdb", "2abc.ent"]
-    assert duplicates[0].detail == "the entry is read from a/1abc.bcif"
-
-
-@given(
-    entries=st.lists(st.text(min_size=1, max_size=6), unique=True, max_size=40),
-    fraction=st.floats(0, 1),
-    seed=st.integers(0, 2**31),
-)
-def test_the_split_is_exact_and_does_not_depend_on_the_order(entries, fraction, seed):
-    test = draw_test_entries(entries, fraction, seed)
-    assert len(test) == round(fraction * len(entries)) and test <= set(entries)
-    assert draw_test_entries(entries[::-1], fraction, seed) == test
-
-
-def test_another_seed_draws_another_split():
-    entries = [f"{n}abc" for n in range(100)]
-    assert draw_test_entries(entries, 0.2, 1) != draw_test_entries(entries, 0.2, 2)
-
-
-def test_wanted_chains():
-    assert wanted_chains("all", ("A", "B")) == ["A", "B"] and wanted_chains("first", ("B", "A")) == ["B"]
-    assert wanted_chains("C", ("A",)) == ["C"] and wanted_chains("label:X", ("A",)) == ["label:X"]
+    # One entry is trained on, whatever the share; by a date all may be new.
+    assert build(tmp_path / "one", tmp_path / "out", test_fraction=0.9).samples == {"train": 1, "test": 0}
+    with pytest.raises(BuildError, match="date split of 1 entries leaves none to train on"):
+        build(tmp_path / "one", tmp_path / "out2", split="date", test_from="1990-01-01")
 
 
 # --- MPI
@@ -405,34 +507,3 @@ def test_ranks_without_mpi_are_refused_rather_than_each_building_everything():
     with pytest.raises(BuildError, match="3 processes"):
         _mpi_world({"SLURM_STEP_NUM_TASKS": "3"})
     assert _mpi_world(dict(os.environ) | {"SLURM_STEP_NUM_TASKS": "1"}) is None
-
-
-class ThreadComm:
-    """What the build uses of an mpi4py communicator, between threads."""
-
-    def __init__(self, rank: int, boxes: dict[int, queue.Queue]):
-        self.rank, self.size, self.boxes = rank, len(boxes), boxes
-
-    def send(self, message, dest: int) -> None:
-        assert dest == 0
-        self.boxes[self.rank].put(message)
-
-    def recv(self, source: int):
-        return self.boxes[source].get(timeout=10)
-
-
-@pytest.mark.parametrize("size", [2, 3, 20])
-def test_rank_0_gets_every_outcome_in_order_whatever_the_number_of_ranks(structures, size):
-    options = ReadOptions(structures, "A", 1, None)
-    paths = sorted(structures.iterdir())
-    boxes = {rank: queue.Queue() for rank in range(size)}
-    others = [
-        threading.Thread(target=lambda comm: list(_mpi_outcomes(paths, options, comm)), args=(ThreadComm(rank, boxes),))
-        for rank in range(1, size)
-    ]
-    for thread in others:
-        thread.start()
-    outcomes = list(_mpi_outcomes(paths, options, ThreadComm(0, boxes)))
-    for thread in others:
-        thread.join()
-    assert [outcome.file for outcome in outcomes] == [path.name for path in paths]

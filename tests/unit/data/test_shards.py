@@ -5,24 +5,25 @@ import io
 import json
 import os
 import tarfile
+import tempfile
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proteingpt.data import shards
-from proteingpt.data.shards import ShardError, ShardSet, check_key, write_shards
+from proteingpt.data.shards import ShardError, ShardSet, check_key, encode_sample, find_faults, write_shards
 from proteingpt.protein import Protein, Sample, Turn
 
 
 def make_sample(entry="1abc", chain="A", length=7, confidence=False, num_turns=2) -> Sample:
     rng = np.random.default_rng((length, num_turns))
     backbone = rng.normal(size=(length, 3, 3)).astype(np.float32)
-    backbone[0] = np.nan
+    backbone[: min(1, length - 1)] = np.nan
     protein = Protein(
         entry,
         chain,
@@ -407,3 +408,114 @@ def test_verify_names_everything_that_is_broken(directory):
         shard_set.verify()
     assert "train-00000.tar: wrong sha256 (outside the members: tar headers or padding)" in str(caught.value)
     assert "train-00001.tar: missing" in str(caught.value)
+
+
+# --- everything that can be checked
+
+
+def rewrite(directory: Path, name: str, change) -> None:
+    """Changes a file and then the manifest's checksums and sizes, as a faulty writer would leave them."""
+    path = directory / name
+    path.write_bytes(change(path.read_bytes()))
+    manifest = json.loads((directory / "manifest.json").read_text())
+    for shard in (shard for found in manifest["splits"].values() for shard in found):
+        shard["sha256"] = hashlib.sha256((directory / shard["file"]).read_bytes()).hexdigest()
+        shard["index_sha256"] = hashlib.sha256((directory / shard["index_file"]).read_bytes()).hexdigest()
+        shard["num_bytes"] = (directory / shard["file"]).stat().st_size
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+
+
+def faults_after(directory: Path, name: str, change) -> str:
+    rewrite(directory, name, change)
+    return "\n".join(find_faults(directory))
+
+
+def test_whole_shards_have_no_faults(directory):
+    assert find_faults(directory) == []
+
+
+def test_a_flipped_byte_anywhere_is_found(directory):
+    """Header, member and padding: each is under some check."""
+    tar = directory / "train-00000.tar"
+    whole = tar.read_bytes()
+    for place in (0, 150, 600, len(whole) // 2, len(whole) - 1):
+        tar.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert any("train-00000.tar: wrong sha256" in fault for fault in find_faults(directory)), place
+    tar.unlink()
+    assert find_faults(directory)[0] == "train-00000.tar: missing"
+
+
+def test_what_checksums_of_the_files_cannot_tell_is_found_too(directory):
+    """Files that fit the manifest but not each other."""
+    tar = (directory / "train-00000.tar").read_bytes()
+    index = (directory / "train-00000.index.jsonl").read_bytes()
+    broken = bytearray(tar)
+    broken[0] ^= 1
+    assert "a tar reader" in faults_after(directory, "train-00000.tar", lambda _: bytes(broken))
+    rewrite(directory, "train-00000.tar", lambda _: tar)
+    lines = index.splitlines(keepends=True)
+    found = faults_after(directory, "train-00000.index.jsonl", lambda _: b"".join(lines[1:]))
+    assert "the index does not list 1abc_A.backbone.npy" in found and "num_samples 2, the manifest says 3" in found
+    longer = index.replace(b'"num_residues":7', b'"num_residues":8')
+    found = faults_after(directory, "train-00000.index.jsonl", lambda _: longer)
+    assert "sample 1abc_A: 7 residues and 2 turns, the index says otherwise" in found
+    found = faults_after(directory, "train-00000.index.jsonl", lambda _: b"{}\n")
+    assert "train-00000.index.jsonl: not an index" in found
+
+
+def test_a_key_that_is_in_two_shards_is_found(directory, tmp_path):
+    write(tmp_path / "other", {"train": SAMPLES["train"], "test": SAMPLES["train"][:0]})
+    for kind in ("tar", "index.jsonl"):
+        content = (tmp_path / "other" / f"train-00000.{kind}").read_bytes()
+        rewrite(directory, f"test-00000.{kind}", lambda _: content)
+    assert any("sample 1abc_A is also in train-00000.tar" in fault for fault in find_faults(directory))
+
+
+@pytest.mark.parametrize("value, what", [(np.inf, "infinite coordinates"), (np.nan, "no residue of it has all three")])
+def test_coordinates_that_no_encoder_can_use_are_found(tmp_path, value, what):
+    backbone = np.full((3, 3, 3), value, np.float32)
+    write(tmp_path, {"train": [Sample(Protein("1abc", "A", "ACD", backbone), "", ())]})
+    (fault,) = find_faults(tmp_path)
+    assert "train-00000.tar: sample 1abc_A" in fault and what in fault
+
+
+def test_a_protein_of_which_only_an_embedding_is_known_may_lack_coordinates(tmp_path):
+    backbone = np.full((3, 3, 3), np.nan, np.float32)
+    write(tmp_path, {"train": [Sample(Protein("1abc", "A", "XXX", backbone), "", (), {"embedding": "1abc.pt"})]})
+    assert find_faults(tmp_path) == []
+
+
+def test_files_and_totals_that_do_not_fit_the_manifest_are_found(directory):
+    (directory / "train-00007.tar.partial").write_bytes(b"")
+    manifest = json.loads((directory / "manifest.json").read_text())
+    manifest["totals"]["test"]["num_turns"] += 1
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+    assert find_faults(directory) == [
+        "manifest.json: the totals of test are not the sums over its shards",
+        "train-00007.tar.partial: the manifest does not list it",
+    ]
+
+
+# --- sizes
+
+
+@settings(max_examples=25)
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=12), st.integers(1, 5), st.integers(1, 40_000))
+def test_a_shard_ends_before_it_would_be_larger_than_asked(lengths, samples_per_shard, bytes_per_shard):
+    samples = [make_sample(f"{n}abc", length=length) for n, length in enumerate(lengths)]
+    with tempfile.TemporaryDirectory() as scratch:
+        limits = dict(samples_per_shard=samples_per_shard, bytes_per_shard=bytes_per_shard)
+        manifest = write_shards(scratch, {"train": samples}, options={}, **limits)
+        assert ShardSet(scratch, "train").keys == [sample.key for sample in samples]
+    sizes = {sample.key: encode_sample(sample).num_bytes for sample in samples}
+    taken = iter(sizes.values())
+    shards = [[next(taken) for _ in range(shard["num_samples"])] for shard in manifest["splits"]["train"]]
+    for shard, following in zip(shards, shards[1:] + [None]):
+        assert len(shard) == 1 or (len(shard) <= samples_per_shard and sum(shard) <= bytes_per_shard)
+        full = following is None or len(shard) == samples_per_shard or sum(shard) + following[0] > bytes_per_shard
+        assert full, "a shard ended too early"
+
+
+def test_the_manifest_names_the_programs(directory):
+    versions = json.loads((directory / "manifest.json").read_text())["versions"]
+    assert versions["format"] == "1" and {"proteingpt", "biotite", "numpy"} < set(versions)

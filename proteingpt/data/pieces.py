@@ -1,0 +1,160 @@
+"""What an unfinished build keeps: parsed samples, in pieces that any later start of it can take up.
+
+A piece is the parsed and encoded outcome of a batch of files: `NAME.data` holds the members of its samples one after
+the other, `NAME.json` what they are and what was set aside; the latter is renamed into place last, so it is the
+commit. Each outcome is known by a key over the file's identity, its texts and the options, so that a change of any of
+them parses that file again and no other. Workers write pieces themselves: no sample travels between processes.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from proteingpt.data.filters import Filters, Skip
+from proteingpt.data.shards import FIELDS, EncodedSample, program_versions, replacing
+from proteingpt.data.sources import Job
+
+WORK_NAME = ".build"
+OPTIONS_NAME = "options.json"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stored:
+    """A sample in a piece. sequence: its sha256; entity: the polymer entity, where known; sizes: {field: bytes}."""
+
+    key: str
+    chain: str
+    entity: str | None
+    sequence: str
+    num_residues: int
+    num_turns: int
+    piece: str
+    offset: int
+    sizes: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Parsed:
+    """What one file gave. key: `job_key` of it; date: ISO day of release, else the year of deposition, else None."""
+
+    key: str
+    file: str
+    entry: str
+    date: str | None
+    samples: tuple[Stored, ...] = ()
+    skips: tuple[Skip, ...] = ()
+
+
+def job_key(job: Job, filters: Filters) -> str:
+    """Changes with the file (name, size, time of its last change), its texts, the options, and the programs."""
+    state = job.path.stat()
+    identity = [job.file, state.st_size, state.st_mtime_ns, dataclasses.asdict(job.text)]
+    content = json.dumps([program_versions(), dataclasses.asdict(filters), identity], sort_keys=True)
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+
+def write_piece(work: Path, outcomes: Iterable[tuple[Parsed, list[tuple[EncodedSample, Stored]]]]) -> list[Parsed]:
+    """Writes the samples of these outcomes as one piece; returns the outcomes with the place of each sample."""
+    outcomes = list(outcomes)
+    name = hashlib.blake2b("".join(parsed.key for parsed, _ in outcomes).encode(), digest_size=16).hexdigest()
+    placed, crc, offset = [], 0, 0
+    partial = work / f"{name}.data.partial"
+    with open(partial, "wb") as file:
+        for parsed, samples in outcomes:
+            stored = []
+            for encoded, sample in samples:
+                members = {field: encoded.members[field] for field in FIELDS if field in encoded.members}
+                sizes = {field: len(data) for field, data in members.items()}
+                stored.append(dataclasses.replace(sample, piece=name, offset=offset, sizes=sizes))
+                for data in members.values():
+                    file.write(data)
+                    crc, offset = zlib.crc32(data, crc), offset + len(data)
+            placed.append(dataclasses.replace(parsed, samples=tuple(stored)))
+    os.replace(partial, work / f"{name}.data")
+    content = {"size": offset, "crc32": crc, "outcomes": [dataclasses.asdict(parsed) for parsed in placed]}
+    partial = work / f"{name}.json.partial"
+    partial.write_text(json.dumps(content))
+    os.replace(partial, work / f"{name}.json")
+    return placed
+
+
+def load_pieces(work: Path, wanted: Iterable[str]) -> dict[str, Parsed]:
+    """{job key: outcome} of every whole piece that holds one of the wanted keys; the others are removed."""
+    wanted, found = set(wanted), {}
+    for path in sorted(work.glob("*.json")):
+        if path.name == OPTIONS_NAME:
+            continue
+        outcomes = [parsed for parsed in _load_piece(path) if parsed.key in wanted]
+        found |= {parsed.key: parsed for parsed in outcomes}
+        if not outcomes:
+            path.unlink()
+            path.with_suffix(".data").unlink(missing_ok=True)
+    return found
+
+
+def _load_piece(path: Path) -> list[Parsed]:
+    """The outcomes of a piece; none where it is damaged, as a power cut may leave what was not yet on disk."""
+    try:
+        content = json.loads(path.read_bytes())
+        data = path.with_suffix(".data").read_bytes()
+        if (len(data), zlib.crc32(data)) != (content["size"], content["crc32"]):
+            return []
+        return [_restore(outcome) for outcome in content["outcomes"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _restore(outcome: dict) -> Parsed:
+    samples = tuple(Stored(**sample) for sample in outcome["samples"])
+    skips = tuple(Skip(**skip) for skip in outcome["skips"])
+    return Parsed(**{**outcome, "samples": samples, "skips": skips})
+
+
+def read_stored(work: Path, sample: Stored) -> EncodedSample:
+    """The bytes of a sample in a piece."""
+    with open(work / f"{sample.piece}.data", "rb") as file:
+        file.seek(sample.offset)
+        members = {field: file.read(size) for field, size in sample.sizes.items()}
+    return EncodedSample(sample.key, sample.num_residues, sample.num_turns, members)
+
+
+# --- the directory --------------------------------------------------------------------------------------------------
+
+
+def continues(out: Path, options: dict) -> bool:
+    """Whether an unfinished build with these very options lies in `out`."""
+    try:
+        return json.loads((out / WORK_NAME / OPTIONS_NAME).read_bytes()) == json.loads(json.dumps(options))
+    except (OSError, ValueError):
+        return False
+
+
+def open_work(out: Path, options: dict) -> Path:
+    """The directory for pieces, made if it is not there, with the options of the build that uses it."""
+    # Absolute, since it is named to other processes.
+    work = out.absolute() / WORK_NAME
+    work.mkdir(parents=True, exist_ok=True)
+    for partial in work.glob("*.partial"):
+        partial.unlink()
+    with replacing(work / OPTIONS_NAME) as file:
+        file.write(json.dumps(options).encode())
+    return work
+
+
+def note_reading(work: Path, who: str, file: str) -> None:
+    """Leaves word of what a process is reading, for the one who asks why it died. An empty file: nothing."""
+    (work / f"reading-{who}").write_text(file)
+
+
+def take_notes(work: Path) -> dict[str, str]:
+    """{process: the file it was reading} of processes that did not finish; the notes are removed."""
+    notes = {}
+    for path in sorted(work.glob("reading-*")):
+        if file := path.read_text():
+            notes[path.name.removeprefix("reading-")] = file
+        path.unlink()
+    return notes

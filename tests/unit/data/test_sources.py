@@ -1,0 +1,145 @@
+"""Where entries and texts come from: folders, and the real client against a local server that answers as RCSB does."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rcsb_server import RcsbServer, status
+
+from proteingpt.data.build import BuildError, build
+from proteingpt.data.shards import ShardSet, find_faults
+from proteingpt.data.sources import SourceError, Sources, choose_files, entry_name, gather, merge_facts
+from proteingpt.protein import Facts
+
+
+@pytest.fixture
+def server():
+    with RcsbServer() as server:
+        for name in ("1aaa", "2bbb", "3ccc", "4ddd", "5eee"):
+            server.add_entry(name)
+        yield server
+
+
+def settings(server: RcsbServer, tmp_path: Path, **more) -> dict:
+    fetching = dict(cache=tmp_path / "cache", addresses=vars(server.addresses), requests_per_second=1000.0)
+    return {**fetching, "test_fraction": 0.2, **more}
+
+
+@pytest.mark.parametrize(
+    "name, wanted",
+    [
+        ("1ABC.cif.gz", ("1abc", 1)),
+        ("1abc.bcif", ("1abc", 0)),
+        ("pdb1abc.ent.gz", ("1abc", 2)),
+        ("pdb1abc.pdb", ("pdb1abc", 2)),
+        ("AF-P29373-F1.cif", ("af-p29373-f1", 1)),
+        ("model.v2.PDB", ("model.v2", 2)),
+    ],
+)
+def test_the_entry_is_told_by_the_name_of_the_file(name, wanted):
+    assert entry_name(Path(name)) == wanted
+
+
+def test_binarycif_is_preferred_to_mmcif_to_pdb():
+    files = [f"/data/{n}" for n in ("1abc.pdb", "1abc.cif", "b/1abc.bcif", "a/1abc.bcif", "2abc.ent", "2abc.mmcif")]
+    chosen, duplicates = choose_files((Path(file), file.removeprefix("/data/")) for file in files)
+    assert chosen == {
+        "1abc": (Path("/data/a/1abc.bcif"), "a/1abc.bcif"),
+        "2abc": (Path("/data/2abc.mmcif"), "2abc.mmcif"),
+    }
+    assert [skip.file for skip in duplicates] == ["b/1abc.bcif", "1abc.cif", "1abc.pdb", "2abc.ent"]
+    assert duplicates[0].detail == "the entry is read from a/1abc.bcif"
+
+
+def test_facts_of_rcsb_come_first_and_the_file_fills_what_is_unknown():
+    merged = merge_facts(Facts(title="file", resolution=2.0), Facts(title="RCSB", num_models=0))
+    assert merged == Facts(title="RCSB", resolution=2.0, num_models=0)
+    assert merge_facts(Facts(title="file"), None) == Facts(title="file")
+
+
+def test_entries_are_fetched_with_their_facts_and_abstracts_once(server, tmp_path):
+    ids = tmp_path / "ids.txt"
+    ids.write_text("1AAA, 2bbb\n3ccc 9xyz\n")
+    report = build(None, tmp_path / "out", rcsb=str(ids), **settings(server, tmp_path))
+    assert report.num_samples == 3 and report.skipped_by_reason == {"not fetched": 1}
+    sample = ShardSet(tmp_path / "out", "train").read(0)
+    assert sample.description == f"An abstract about {sample.protein.id}."
+    assert sample.metadata["facts"]["num_heavy_atoms"] == 20 and sample.metadata["facts"]["resolution"] == 1.5
+    before = server.count()
+    build(None, tmp_path / "again", rcsb="1aaa,2bbb,3ccc,9xyz", **settings(server, tmp_path))
+    assert server.count() == before
+    assert (tmp_path / "out/train-00000.tar").read_bytes() == (tmp_path / "again/train-00000.tar").read_bytes()
+
+
+def test_all_entries_and_the_papers_funnel(server, tmp_path):
+    """Five entries, of which one has no abstract: its structure is not even asked for."""
+    server.entries["2bbb"]["pubmed"] = None
+    report = build(None, tmp_path / "out", rcsb="all", require_abstract=True, **settings(server, tmp_path))
+    assert report.funnel[:2] == [("entries", 5), ("has an abstract", 4)] and report.num_samples == 4
+    assert server.count("2bbb.bcif") == 0
+
+
+def test_a_build_that_the_network_ended_goes_on_where_it_was(server, tmp_path):
+    server.fail("/graphql", *[status(403)] * 5)
+    with pytest.raises(BuildError, match="start again to go on"):
+        build(None, tmp_path / "out", rcsb="all", **settings(server, tmp_path))
+    server._faults.clear()
+    assert build(None, tmp_path / "out", rcsb="all", **settings(server, tmp_path)).num_samples == 5
+
+
+def test_clusters_are_fetched_for_the_cluster_split(server, tmp_path):
+    server.clusters = "1AAA_1 2BBB_1\n3CCC_1\n4DDD_1 5EEE_1\n"
+    report = build(None, tmp_path / "out", rcsb="all", split="cluster", **settings(server, tmp_path))
+    assert ShardSet(tmp_path / "out", "test").keys == ["3ccc_A"]
+    assert report.leak["num_test_samples_in_train_clusters"] == 0
+
+
+def test_texts_of_a_mirror_need_no_network(server, tmp_path):
+    build(None, tmp_path / "net", rcsb="all", **settings(server, tmp_path))
+    requests = server.count()
+    cache = tmp_path / "cache"
+    build(cache / "structures", tmp_path / "disk", facts=cache, test_fraction=0.2)
+    assert server.count() == requests
+    net, disk = (ShardSet(tmp_path / name, "train").read(0) for name in ("net", "disk"))
+    assert (net.description, net.turns) == (disk.description, disk.turns)
+
+
+def test_abstracts_may_be_texts_in_a_folder_and_questions_may_be_generated(tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "1ABC.txt").write_text("We\nsolved it.\n")
+    (tmp_path / "texts" / "more.json").write_text(json.dumps([{"pdb_id": "2abc", "caption": "We too."}]))
+    (tmp_path / "pt").mkdir()
+    for name in ("1abc", "2abc", "3abc"):
+        torch.save(torch.ones(7, 1, 512), tmp_path / "pt" / f"{name}.pt")
+    sources = Sources(abstracts=tmp_path / "texts", embeddings=tmp_path / "pt")
+    jobs = gather(sources, require_abstract=True, say=print).jobs
+    assert [(job.name, job.text.description) for job in jobs] == [("1abc", "We solved it."), ("2abc", "We too.")]
+
+
+def test_published_embeddings_stand_in_for_structures(tmp_path):
+    """Five residues are seven rows; neither sequence nor coordinates are known."""
+    (tmp_path / "pt").mkdir()
+    for name in ("1abc", "2abc", "3abc"):
+        torch.save(torch.ones(7, 1, 512), tmp_path / "pt" / f"{name}.pt")
+    (tmp_path / "qa.json").write_text(json.dumps({n: [{"Q": "Is it?", "A": "YES"}] for n in ("1abc", "2abc")}))
+    report = build(None, tmp_path / "out", embeddings=tmp_path / "pt", qa=[tmp_path / "qa.json"], test_fraction=0)
+    sample = ShardSet(tmp_path / "out", "train").read(0)
+    assert sample.protein.sequence == "XXXXX" and not sample.protein.resolved.any() and sample.turns[0].answer == "YES"
+    assert report.num_samples == 2 and [skip.entry for skip in report.skips] == ["3abc"]
+    assert find_faults(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize(
+    "sources, message",
+    [
+        (Sources(structures=Path("/no/such")), "no directory /no/such"),
+        (Sources(rcsb="1abc"), "give --cache DIR"),
+        (Sources(rcsb="what?", cache=Path("cache")), "wanted all, ids such as"),
+        (Sources(rcsb="1abc", cache=Path("cache"), addresses={"data": "ftp://x"}), "wanted one that begins with http"),
+    ],
+)
+def test_sources_that_cannot_be_used_are_named(sources, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SourceError, match=message):
+        gather(sources, require_abstract=False, say=print)
