@@ -27,6 +27,7 @@ RECIPE_OWNS = {
     "train_micro_batch_size_per_gpu": "align.samples_per_step / instruct.samples_per_step",
     "gradient_accumulation_steps": "align.samples_per_step / instruct.samples_per_step",
     "optimizer": "align.init_lr, betas, weight_decay and those of instruct",
+    "activation_checkpointing": "model.activation_checkpointing",
     "scheduler": "align.warmup_steps, init_lr, min_lr and those of instruct",
 }
 # The reverse: what people look for in a recipe and find in the JSON.
@@ -57,19 +58,22 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodersConfig:
-    esm2: str | None = setting("ESM-2: a published name, or the path of a fair-esm .pt file", default=None)
+    esm2: str | None = setting("ESM-2: a published name, a fair-esm .pt file, or a Hugging Face directory", default=None)
     esm_if1: str | None = setting("ESM-IF1: the published name, or the path of a fair-esm .pt file", default=None)
     weights_dir: str = setting("where published names are looked for first", default="weights")
     dtype: Literal["float32", "bfloat16", "float16"] = setting("precision of the frozen encoders", default="bfloat16")
+    backend: Literal["fast", "reference"] = setting("our own forward, or fair-esm's as the oracle", default="fast")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     shards: str | None = setting("directory written by launch/build_shards.py", default=None)
     max_residues: int | None = setting("longer proteins are left out, and counted in the log", default=None)
+    shards_per_window: int | None = setting("shards read at a time: an epoch is shuffled within them", default=None)
 
     def __post_init__(self):
-        require(self.max_residues is None or self.max_residues > 0, "max_residues", self.max_residues, "> 0")
+        for name in ("max_residues", "shards_per_window"):
+            require(getattr(self, name) is None or getattr(self, name) > 0, name, getattr(self, name), "> 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +81,11 @@ class StageConfig:
     template: Literal["paper", "released"] = setting("wording of the prompt: the paper's, or the released code's")
     epochs: int = setting("passes over the training split")
     max_steps: int | None = setting("end the stage (and its schedule) after so many steps", default=None)
-    samples_per_step: int = setting("question/answer pairs in an optimizer step, over all ranks")
-    questions_per_group: int = setting("questions that share one encoding of their protein")
+    samples_per_step: int | None = setting("question/answer pairs in an optimizer step, over all ranks", default=None)
+    tokens_per_step: int | None = setting("or: tokens in an optimizer step, over all ranks", default=None)
+    tokens_per_pack: int | None = setting("bound of a pack, what a rank computes at once; null: a group", default=None)
+    questions_per_group: int = setting("questions that share one reading of their protein, at most")
+    questions_per_protein: int | None = setting("questions drawn of each protein, anew in each epoch", default=None)
     max_answer_tokens: int = setting("answers are cut to so many tokens, end symbol included")
     warmup_steps: int = setting("steps of linear warm-up from warmup_lr to init_lr")
     warmup_lr: float = setting("learning rate of the first step")
@@ -91,15 +98,22 @@ class StageConfig:
     weight_decay: float = setting("AdamW's weight decay; none on biases, norms and other vectors")
 
     def __post_init__(self):
-        for name in ("epochs", "samples_per_step", "questions_per_group", "max_answer_tokens"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
-        require(self.max_steps is None or self.max_steps > 0, "max_steps", self.max_steps, "> 0")
-        require(
-            self.questions_per_group <= self.samples_per_step,
-            "questions_per_group",
-            self.questions_per_group,
-            f"<= samples_per_step ({self.samples_per_step}): a group is never split over two steps",
-        )
+        for name in (
+            "epochs", "samples_per_step", "tokens_per_step", "tokens_per_pack", "questions_per_group",
+            "questions_per_protein", "max_answer_tokens", "max_steps",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            require(value is None or value > 0, name, value, "> 0")
+        both = (self.samples_per_step, self.tokens_per_step)
+        require(both.count(None) == 1, "samples_per_step, tokens_per_step", both, "one of the two to be set")
+        if self.tokens_per_step is not None:
+            fits = self.tokens_per_pack is not None and self.tokens_per_pack <= self.tokens_per_step
+            expected = f"set, and <= tokens_per_step ({self.tokens_per_step})"
+            require(fits, "tokens_per_pack", self.tokens_per_pack, expected)
+        else:
+            fits = self.questions_per_group <= self.samples_per_step
+            expected = f"<= samples_per_step ({self.samples_per_step}): a group is never split over two steps"
+            require(fits, "questions_per_group", self.questions_per_group, expected)
         require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, ">= 0")
         require(
             0 <= self.min_lr <= self.init_lr,
@@ -138,6 +152,24 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DevicesConfig:
+    """Who computes what. Nothing here changes what is learned, so a run may be resumed with other values."""
+
+    balance: Literal["measured", "fixed", "equal"] = setting(
+        "share steps out by measured speeds, by the table of devices, or equally", default="measured"
+    )
+    exchange_every_steps: int = setting("ranks agree on their measured speeds each so many steps", default=5)
+    tokens_per_forward: int | None = setting(
+        "a rank's capacity: packs are joined into forwards of at most so many tokens; null: one pack a forward",
+        default=None,
+    )
+
+    def __post_init__(self):
+        for name in ("exchange_every_steps", "tokens_per_forward"):
+            require(getattr(self, name) is None or getattr(self, name) > 0, name, getattr(self, name), "> 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     directory: str = setting("where the demo's shards, random encoders and random LLM are made", default="shards/demo")
     num_proteins: int = setting("synthetic proteins to make")
@@ -163,6 +195,7 @@ class RunConfig:
     instruct: StageConfig | None = setting("stage 2: protein + question -> answer", default=None)
     evaluation: EvaluationConfig = setting("held-out loss and answers", default=EvaluationConfig())
     checkpoint: CheckpointConfig = setting("saving", default=CheckpointConfig())
+    devices: DevicesConfig = setting("who computes what", default=DevicesConfig())
     demo: DemoConfig | None = setting("makes what is missing for a run on a fresh machine", default=None)
 
     def __post_init__(self):
@@ -278,8 +311,8 @@ def flatten(config, path: str = "") -> dict:
 
 
 def differences(before: RunConfig, after: RunConfig) -> list[str]:
-    """One line for each setting in which two recipes differ."""
-    old, new = flatten(before), flatten(after)
+    """One line for each setting in which two recipes differ, but for who computes what."""
+    old, new = ({k: v for k, v in flatten(c).items() if not k.startswith("devices.")} for c in (before, after))
     return [
         f"{path}: was {old.get(path)!r}, is {new.get(path)!r}"
         for path in sorted(old.keys() | new.keys())
@@ -303,6 +336,8 @@ def read_ds_config(path: str) -> dict:
     for key, owner in RECIPE_OWNS.items():
         if key in values:
             raise ConfigError(f"{key} stands in {path} and its fact in the recipe ({owner}): remove it from {path}")
+    for key in ("bf16", "fp16", "zero_optimization"):
+        require(isinstance(values.get(key, {}), dict), f"{key} in {path}", values.get(key), "an object, as in ds_configs/")
     for key, value in flatten_json(values):
         if value == "auto":
             raise ConfigError(f"{key} in {path} is 'auto', expected a value: nothing here fills it in")
@@ -372,7 +407,13 @@ def type_name(kind) -> str:
 
 def parse_command(argv: list[str]) -> Command:
     """The command line of launch/train.py. Raises ConfigError; argparse exits on --help and unknown options."""
-    args = vars(make_parser().parse_args(argv))
+    parsed, unknown = make_parser().parse_known_args(argv)
+    if unknown:
+        name = unknown[0].removeprefix("--").partition("=")[0]
+        close = difflib.get_close_matches(name, [*setting_paths(), "data", "llm", "output", "recipe", "ds_config"], n=1)
+        hint = f"did you mean --{close[0]}?" if close else "--help lists them all"
+        raise ConfigError(f"{unknown[0]} is not an option; {hint}")
+    args = vars(parsed)
     values = read_recipe(args["recipe"])
     overrides = {
         path: parse_override(path, kind, args[path])

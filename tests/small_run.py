@@ -4,6 +4,7 @@
 attention, torch's own AdamW, and texts cut and joined here rather than by the package.
 """
 
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from proteingpt.config import EncodersConfig, ModelConfig, StageConfig
+from proteingpt.config import DevicesConfig, EncodersConfig, ModelConfig, StageConfig
 from proteingpt.data.index import build_index
-from proteingpt.data.loader import StageData, TrainingPlan
+from proteingpt.data.loader import Share, StageData, TrainingPlan, Work
 from proteingpt.data.prompts import TEMPLATES, Prompt
 from proteingpt.data.shards import ShardSet
 from proteingpt.encoders.pair import Encoders, Remembering
 from proteingpt.model import assemble
+from proteingpt.training.balance import Balance
 from proteingpt.training.engine import Engine, precision
 from proteingpt.training.loop import train
 from proteingpt.training.schedule import learning_rate
@@ -27,13 +29,17 @@ from proteingpt.training.schedule import learning_rate
 SEED = 11
 STAGE = dict(
     template="released", epochs=1, max_steps=6, samples_per_step=12, questions_per_group=4, max_answer_tokens=8,
+    # With qwen2's tokens two packs a step, of two groups and of one.
+    tokens_per_pack=600,
     warmup_steps=2, warmup_lr=5e-4, init_lr=4e-3, min_lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05,
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Case:
-    """assets: of demo.assets.make_assets; llm: a model directory. zero: the DeepSpeed JSON's zero_optimization."""
+    """assets: of demo.assets.make_assets; llm: a model directory. zero: the DeepSpeed JSON's zero_optimization.
+    more: of that JSON, as items. speeds: of the ranks, as the plan is told; equal where none are given.
+    tokens_per_forward: of every rank."""
 
     assets: str
     llm: str
@@ -42,6 +48,9 @@ class Case:
     bf16: bool = False
     activation_checkpointing: bool = False
     stage: tuple = ()  # what differs from STAGE, as items
+    more: tuple = ()
+    speeds: tuple = ()
+    tokens_per_forward: int | None = None
 
     @property
     def stage_config(self) -> StageConfig:
@@ -50,7 +59,7 @@ class Case:
     @property
     def ds_config(self) -> dict:
         zero = {"overlap_comm": False, **(self.zero or {"stage": 0})}
-        return {"zero_optimization": zero, "bf16": {"enabled": self.bf16}}
+        return {"zero_optimization": zero, "bf16": {"enabled": self.bf16}, **dict(self.more)}
 
 
 class Recorder:
@@ -104,14 +113,23 @@ class SmallRun:
         engine.module.train()
         return engine
 
+    def work(self, engine: Engine, rank, step: int) -> Work:
+        """This rank's part of a step."""
+        speeds = list(self.case.speeds) or [1.0] * rank.world_size
+        capacities = [self.case.tokens_per_forward] * rank.world_size
+        return self.plan.work(step, Share(rank.rank, speeds, capacities, engine.is_sharded))
+
+    def groups(self, step: int) -> list[tuple[int, tuple[int, ...]]]:
+        """All groups of a step, as the plan is told nothing of ranks."""
+        return list(itertools.chain(*self.plan.packs(step)[0]))
+
     def train(self, engine: Engine, rank, device, first_step: int = 0, encoders=None, after_step=lambda step: None):
         """The real loop, from first_step to the stage's end."""
         last = self.plan.num_steps
-        steps = range(first_step, last)
-        work = (self.plan.data.work(self.plan.groups(step), rank.rank, rank.world_size) for step in steps)
+        work = (self.work(engine, rank, step) for step in range(first_step, last))
         recorder = Recorder()
         train(
-            engine, encoders or self.encoders, work, self.stage, recorder, device,
+            engine, encoders or self.encoders, work, self.stage, recorder, Balance(DevicesConfig(), device), device,
             first_step=first_step, num_steps=last, after_step=after_step,
         )  # fmt: skip
         return recorder
@@ -160,7 +178,7 @@ def plain_losses(case: Case) -> tuple[list[float], list[float]]:
     for step in range(run.plan.num_steps):
         questions = [
             (run.shards.read(sample).protein, run.shards.read_text(sample)[1][turn])
-            for sample, turns in run.plan.groups(step)
+            for sample, turns in run.groups(step)
             for turn in turns
         ]
         terms = [plain_question(llm, projector, tokenizer, run, *question) for question in questions]

@@ -59,10 +59,9 @@ class Pack:
         return replace(self, weights=torch.zeros_like(self.weights))
 
 
-def group_length(num_residues: int, num_prefix_ids: int, question_lengths, answer_lengths) -> int:
-    """Tokens that `collate` makes of a group. The last answer token is predicted but never read."""
-    branches = sum(max(0, q + a - 1) for q, a in zip(question_lengths, answer_lengths))
-    return num_prefix_ids + prefix_length(num_residues) + branches
+def branch_length(question_length, answer_length):
+    """Tokens that a question takes behind its prefix, ints or arrays: the last answer token is predicted, never read."""
+    return question_length + answer_length - 1
 
 
 def collate(groups: list[Group]) -> Pack:

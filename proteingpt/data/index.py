@@ -33,9 +33,12 @@ class Tokens:
         return np.diff(self.starts)
 
     @classmethod
-    def of(cls, rows: list[list[int]]) -> "Tokens":
-        starts = np.concatenate(([0], np.cumsum([len(row) for row in rows], dtype=np.int64)))
-        return cls(np.fromiter((i for row in rows for i in row), np.int32, count=int(starts[-1])), starts)
+    def of(cls, batches: list[list[np.ndarray]]) -> "Tokens":
+        """From batches of rows of int32."""
+        lengths = [np.fromiter(map(len, rows), np.int64, count=len(rows)) for rows in batches]
+        starts = np.concatenate(([0], np.cumsum(np.concatenate([np.zeros(0, np.int64), *lengths]))))
+        flat = [np.concatenate(rows) for rows in batches if rows]
+        return cls(np.concatenate([np.zeros(0, np.int32), *flat]), starts)
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,17 @@ def build_index(shards: ShardSet, stage: str, prompt: Prompt) -> TokenIndex:
         samples = [shards.read_text(i) for i in range(first, min(first + BATCH, len(shards)))]
         turns = [turns_of_stage(stage, description, asked) for description, asked in samples]
         num_turns += [len(t) for t in turns]
-        questions += prompt.question_ids([turn.question for t in turns for turn in t])
-        answers += prompt.answer_ids([turn.answer for t in turns for turn in t])
+        questions.append(tokenise_once([turn.question for t in turns for turn in t], prompt.question_ids))
+        answers.append(tokenise_once([turn.answer for t in turns for turn in t], prompt.answer_ids))
     first_turn = np.concatenate(([0], np.cumsum(num_turns, dtype=np.int64)))
     return TokenIndex(Tokens.of(questions), Tokens.of(answers), first_turn)
+
+
+def tokenise_once(texts: list[str], tokenise) -> list[np.ndarray]:
+    """Ids of each text, int32; a text that occurs often, as questions and short answers do, is tokenised once."""
+    unique = list(dict.fromkeys(texts))
+    ids = dict(zip(unique, (np.array(row, np.int32) for row in tokenise(unique)))) if unique else {}
+    return [ids[text] for text in texts]
 
 
 def index_name(shards: ShardSet, stage: str, prompt: Prompt) -> str:

@@ -16,11 +16,27 @@ NAME = "shared_prefix"
 UNSUPPORTED = ("softcap", "s_aux", "sinks", "position_bias")
 
 
+# Tokens of a group beyond which reading its prefix and each branch by itself beats one dense mask on a CPU, where the
+# dense mask computes what it then hides. Below, calls cost more than that. (benchmarks/shared_prefix.py)
+DENSE_TOKENS = 384
+
+
+@dataclass(frozen=True)
+class Part:
+    """Queries [begin, end) that see the keys of `spans`, one after the other. mask: bool (queries, keys), None for
+    causal."""
+
+    begin: int
+    end: int
+    spans: tuple[tuple[int, int], ...]
+    mask: torch.Tensor | None
+
+
 @dataclass(frozen=True)
 class Layout:
-    """Where each group lies in the row, and who sees whom inside it: [(begin, end, bool mask (n, n)), ...]."""
+    """Who sees whom: parts that cover the row in order."""
 
-    groups: list[tuple[int, int, torch.Tensor]]
+    parts: list[Part]
 
 
 def group_mask(branch_ids: torch.Tensor) -> torch.Tensor:
@@ -30,9 +46,28 @@ def group_mask(branch_ids: torch.Tensor) -> torch.Tensor:
     return causal & ((key == 0) | (key == query))
 
 
-def make_layout(group_starts: list[int], branch_ids: torch.Tensor) -> Layout:
-    spans = zip(group_starts, group_starts[1:])
-    return Layout([(begin, end, group_mask(branch_ids[begin:end])) for begin, end in spans])
+def make_layout(group_starts: list[int], branch_ids: torch.Tensor, dense_tokens: int = DENSE_TOKENS) -> Layout:
+    """group_starts, branch_ids: as in a Pack. On a GPU every group has a dense mask: its kernels are few and large."""
+    parts = []
+    for begin, end in zip(group_starts, group_starts[1:]):
+        if branch_ids.device.type != "cpu" or end - begin <= dense_tokens:
+            parts.append(Part(begin, end, ((begin, end),), group_mask(branch_ids[begin:end])))
+        else:
+            parts += split_group(begin, branch_ids[begin:end])
+    return Layout(parts)
+
+
+def split_group(begin: int, branch_ids: torch.Tensor) -> list[Part]:
+    """The prefix, causal, and then each branch, which sees the whole prefix and itself."""
+    _, lengths = torch.unique_consecutive(branch_ids, return_counts=True)
+    prefix, *branches = lengths.tolist()
+    parts = [Part(begin, begin + prefix, ((begin, begin + prefix),), None)]
+    first = begin + prefix
+    for length in branches:
+        mask = torch.ones(length, prefix + length, dtype=torch.bool).tril(diagonal=prefix)
+        parts.append(Part(first, first + length, ((begin, begin + prefix), (first, first + length)), mask))
+        first += length
+    return parts
 
 
 def shared_prefix_attention(module, query, key, value, attention_mask=None, scaling=None, layout=None, **extra):
@@ -51,16 +86,23 @@ def shared_prefix_attention(module, query, key, value, attention_mask=None, scal
     grouped_query = key.shape[1] != query.shape[1]
     outputs = [
         F.scaled_dot_product_attention(
-            query[:, :, begin:end],
-            key[:, :, begin:end],
-            value[:, :, begin:end],
-            attn_mask=mask,
+            query[:, :, part.begin : part.end],
+            joined(key, part.spans),
+            joined(value, part.spans),
+            attn_mask=part.mask,
+            is_causal=part.mask is None,
             scale=scaling,
             enable_gqa=grouped_query,
         )
-        for begin, end, mask in layout.groups
+        for part in layout.parts
     ]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def joined(tensor: torch.Tensor, spans) -> torch.Tensor:
+    """Positions of `spans` along the tokens of (1, H, T, D)."""
+    parts = [tensor[:, :, begin:end] for begin, end in spans]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 AttentionInterface.register(NAME, shared_prefix_attention)

@@ -29,12 +29,14 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Progress:
-    """steps_done: optimizer steps behind this checkpoint, the whole of the data's state. plan: its fingerprint."""
+    """steps_done: optimizer steps behind this checkpoint, the whole of the data's state. plan: its fingerprint.
+    speeds: what training.balance has agreed upon."""
 
     stage: str
     steps_done: int
     num_steps: int
     plan: str
+    speeds: list | None = None
 
 
 def save(directory: Path, state: dict[str, dict[str, torch.Tensor]], progress: Progress, keep_last: int) -> Path:
@@ -80,13 +82,20 @@ def step_of(path: Path) -> int:
 
 
 def newest_valid(directory: Path) -> Path | None:
-    """The newest checkpoint whose checksums hold. What is broken is named in the log and passed over."""
-    for path in checkpoints(directory):
+    """The newest checkpoint whose checksums hold, None if none was ever saved. What is broken is named in the log and
+    passed over; CheckpointError where all are, since to begin again in silence would throw a run away."""
+    saved = checkpoints(directory)
+    for path in saved:
         try:
             verify(path)
             return path
         except CheckpointError as error:
             log.warning("%s; taking the checkpoint before it", error)
+    if saved:
+        raise CheckpointError(
+            f"all {len(saved)} checkpoints in {directory} are broken, each as named above: restore one of them, or "
+            f"remove {directory} to train this stage from its beginning"
+        )
     return None
 
 

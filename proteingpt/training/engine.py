@@ -6,6 +6,7 @@ and the number of ranks, so that a checkpoint knows of neither.
 """
 
 import os
+from contextlib import contextmanager
 from itertools import chain
 
 import torch
@@ -56,18 +57,24 @@ class Engine:
     def __init__(self, model: nn.Module, stage: StageConfig, ds_config: dict):
         deepspeed = import_deepspeed()
         groups = parameter_groups(model, stage.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=stage.betas)  # `update` sets the rate of each step
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=stage.betas)  # `step` sets the rate of each step
         # Names survive sharding; the parameter objects are the same afterwards.
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            model_parameters=[p for group in groups for p in group["params"]],
-            config={"gradient_clipping": 1.0, **ds_config, **FIXED},  # DeepSpeed's own default, in sight
-            dist_init_required=False,
-        )
+        try:
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=optimizer,
+                model_parameters=[p for group in groups for p in group["params"]],
+                config={"gradient_clipping": 1.0, **ds_config, **FIXED},  # DeepSpeed's own default, in sight
+                dist_init_required=False,
+            )
+        except ValueError as error:
+            if type(error).__name__ != "ValidationError":  # pydantic's, which DeepSpeed reads its JSON with
+                raise
+            raise ConfigError(f"DeepSpeed does not take the ds_config: {error}; see ds_configs/ for ones it takes") from error
         self.world_size = self.deepspeed.world_size
         self.grad_norm = float("nan")
+        self.marks_last = False
         # DeepSpeed's wrapper of 16-bit stage 0 takes a step of its own when it is made: set the optimizer back to rest.
         self.make_moments(steps_done=0)
 
@@ -84,9 +91,29 @@ class Engine:
         """This rank's sum of answer-token losses."""
         return self.deepspeed(pack, structure_rows, sequence_rows)
 
-    def update(self, loss_sum: torch.Tensor, answer_tokens: int, learning_rate: float):
-        """Backward and one optimizer step. The engine averages over ranks, so a sum is scaled up by their number."""
+    @contextmanager
+    def accumulating(self, several: bool):
+        """Around a step's forwards and backwards; their gradients are reduced once. several: some rank has more than
+        one, which every rank knows, so that all go the same way.
+
+        Under ZeRO 1 to 3 DeepSpeed coalesces the reduction at the end of the block, which pairs up whatever the ranks'
+        counts are. Where it cannot (stage 0, and its BF16_Optimizer), `backward` marks the last one.
+        """
+        self.marks_last = several and not hasattr(self.deepspeed.optimizer, "_coalesce_grad_reduction")
+        if several and not self.marks_last:
+            with self.deepspeed.coalesce_grad_reduction():
+                yield
+        else:
+            yield
+
+    def backward(self, loss_sum: torch.Tensor, answer_tokens: int, is_last: bool):
+        """Gradient of loss_sum / answer_tokens. The engine averages over ranks, so a sum is scaled by their number."""
+        if self.marks_last:
+            self.deepspeed.set_gradient_accumulation_boundary(is_last)
         self.deepspeed.backward(loss_sum * (self.world_size / answer_tokens), scale_wrt_gas=False)
+
+    def step(self, learning_rate: float):
+        """One optimizer step with the gradients of the block before."""
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         unsharded_norm = self.norm_of_gradients() if self.deepspeed.zero_optimization_stage() == 0 else None

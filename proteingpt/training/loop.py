@@ -9,6 +9,7 @@ import torch
 from proteingpt.config import StageConfig
 from proteingpt.data.loader import Work
 from proteingpt.distributed import gather_objects, sum_over_ranks
+from proteingpt.training.balance import Balance
 from proteingpt.training.engine import Engine
 from proteingpt.training.monitor import Monitor, StepReport
 from proteingpt.training.schedule import learning_rate
@@ -24,6 +25,7 @@ def train(
     work: Iterator[Work],
     stage: StageConfig,
     monitor: Monitor,
+    balance: Balance,
     device: torch.device,
     *,
     first_step: int,
@@ -34,35 +36,50 @@ def train(
     step_ended = time.monotonic()
     for step in range(first_step, num_steps):
         item = next(work)
-        waited = time.monotonic() - step_ended
-        pack = item.pack.to(device)
-        structure_rows, sequence_rows = encoders.encode(pack.proteins)
-        loss_sum = engine.forward(pack, structure_rows, sequence_rows)
-        mean_loss, num_tokens = agree_on_loss(loss_sum, pack, item.answer_tokens, step, device)
+        began = time.monotonic()
+        losses = []
+        with engine.accumulating(item.several):
+            for pack in item.packs:
+                on_device = pack.to(device)
+                structure_rows, sequence_rows = encoders.encode(pack.proteins)
+                loss_sum = engine.forward(on_device, structure_rows, sequence_rows)
+                engine.backward(loss_sum, item.answer_tokens, is_last=pack is item.packs[-1])
+                losses.append(loss_sum.detach())
+            losses = torch.stack(losses).tolist()  # waits for the device, so that the clock is that of the work
+            worked = time.monotonic() - began
+        mean_loss, num_tokens = agree_on_loss(losses, item, step, device)
         rate = learning_rate(step, num_steps, stage)
-        engine.update(loss_sum, item.answer_tokens, rate)
-        seconds = time.monotonic() - step_ended
-        monitor.step(
-            step + 1, StepReport(mean_loss, rate, engine.grad_norm, num_tokens, item.num_samples, seconds, waited)
+        engine.step(rate)
+        # What is repeated in silence is work as well: a rank with nothing else would never be measured again.
+        balance.observe(sum(pack.num_tokens for pack in item.packs), worked)
+        balance.exchange(step + 1)
+        now = time.monotonic()
+        report = StepReport(
+            mean_loss, rate, engine.grad_norm, num_tokens, item.num_samples, now - step_ended, began - step_ended
         )
+        monitor.step(step + 1, report)
         after_step(step + 1)
         step_ended = time.monotonic()
 
 
-def agree_on_loss(loss_sum, pack, answer_tokens: int, step: int, device) -> tuple[float, int]:
+def tokens_of(item: Work) -> int:
+    """Tokens that this rank read for the step; what it repeats in silence does not count."""
+    return sum(pack.num_tokens for pack in item.packs if pack.num_answer_tokens)
+
+
+def agree_on_loss(losses: list[float], item: Work, step: int, device) -> tuple[float, int]:
     """(loss per answer token, tokens read) of the step over all ranks. NonFiniteLoss on every rank, naming the samples,
     if any rank's loss is not finite.
 
     The one collective beside DeepSpeed's: a rank that stopped on its own would leave the others waiting in theirs.
     """
-    mine = float(loss_sum.detach())
-    bad = not math.isfinite(mine)
-    read = pack.num_tokens if pack.num_answer_tokens else 0
-    total, num_bad, num_tokens = sum_over_ranks([0.0 if bad else mine, float(bad), read], device)
+    bad = [key for loss, pack in zip(losses, item.packs) if not math.isfinite(loss) for key in pack.keys]
+    total, num_bad, num_tokens = sum_over_ranks([0.0 if bad else sum(losses), float(bool(bad)), tokens_of(item)], device)
     if num_bad:
-        samples = [key for keys in gather_objects(pack.keys if bad else []) for key in keys]
+        samples = [key for keys in gather_objects(bad) for key in keys]
         raise NonFiniteLoss(
             f"the loss of step {step} is not finite, on {int(num_bad)} rank(s), with samples {', '.join(samples)}; "
-            "the weights are those of the step before. Look at these samples, or lower the learning rate"
+            "no weight has changed. Look at these samples: the same command goes on from the last checkpoint and meets "
+            "them again; with a lower learning rate or other shards, begin in another --output"
         )
-    return total / answer_tokens, int(num_tokens)
+    return total / item.answer_tokens, int(num_tokens)

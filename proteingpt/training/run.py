@@ -31,7 +31,7 @@ from proteingpt.config import (
     save_recipe,
 )
 from proteingpt.data.index import open_index, usable
-from proteingpt.data.loader import StageData, TrainingPlan, prefetch
+from proteingpt.data.loader import Share, StageData, TrainingPlan, prefetch
 from proteingpt.data.plan import PlanError
 from proteingpt.data.prompts import TEMPLATES, Prompt
 from proteingpt.data.shards import ShardError, ShardSet
@@ -43,6 +43,7 @@ from proteingpt.evaluation.baselines import blind_accuracy
 from proteingpt.evaluation.held_out import Evaluation, HeldOut, choose, evaluate
 from proteingpt.model import assemble
 from proteingpt.training import checkpoint
+from proteingpt.training.balance import Balance
 from proteingpt.training.engine import Engine, precision
 from proteingpt.training.loop import NonFiniteLoss, train
 from proteingpt.protein import Turn
@@ -72,6 +73,11 @@ def main(argv: list[str]) -> int:
         command = parse_command(argv)
         rank = detect(os.environ)
         precision(command.ds_config)
+    except USER_ERRORS as error:
+        if os.environ.get("RANK", "0") == "0":  # the same on every rank: said once
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    try:
         start_logging(rank)
         device = start(rank)
         run(command, rank, device)
@@ -107,9 +113,9 @@ def run(command: Command, rank: Rank, device):
 
 
 def open_run(command: Command):
-    """Make the run directory, or make sure that it belongs to the same recipe."""
+    """Make the run directory, or make sure that it belongs to the same recipe once anything has been learned there."""
     recipe = command.output / "recipe.yaml"
-    if recipe.is_file():
+    if recipe.is_file() and (read_report(command.output) or any(command.output.glob("*/step-*"))):
         changed = differences(from_dict(RunConfig, read_recipe(str(recipe))), command.config)
         if changed:
             raise ConfigError(
@@ -141,9 +147,18 @@ class Run:
     def with_demo(self, config: RunConfig) -> RunConfig:
         if config.demo is None:
             return config
+        made = [
+            what
+            for what, given in (
+                ("synthetic proteins", config.data.shards),
+                ("small random encoders", config.encoders.esm2 or config.encoders.esm_if1),
+                ("a small random LLM", config.model.llm),
+            )
+            if given is None
+        ]
         log.info(
-            "This is the demo: synthetic proteins, small random encoders and a small random LLM. For real work give "
-            "--recipe %s with --data DIR and --llm DIR; see the README.",
+            "This is the demo%s. For real work give --recipe %s with --data DIR and --llm DIR; see the README.",
+            f": {', '.join(made)}" if made else "",
             ", ".join(name for name in recipe_names() if name != "demo"),
         )
         if on_first_rank(lambda: make_assets(config.demo, config.seed)):
@@ -178,8 +193,8 @@ class Run:
     def export(self, stage: str, path: Path):
         info = assemble.ModelInfo(
             llm=str(Path(self.config.model.llm).absolute()),
-            esm2=absolute_if_file(self.config.encoders.esm2),
-            esm_if1=absolute_if_file(self.config.encoders.esm_if1),
+            esm2=absolute_if_there(self.config.encoders.esm2),
+            esm_if1=absolute_if_there(self.config.encoders.esm_if1),
             esm2_fingerprint=self.encoders.encoders.sequence.fingerprint,
             esm_if1_fingerprint=self.encoders.encoders.structure.fingerprint,
             weights_dir=str(Path(self.config.encoders.weights_dir).absolute()),
@@ -202,7 +217,7 @@ class Run:
             "stage": stage,
             "loss": evaluation.loss,
             "accuracy": evaluation.accuracy if asked else None,
-            "blind_accuracy": self.blind_accuracy(asked) if asked else None,
+            "blind_accuracy": on_first_rank(lambda: self.blind_accuracy(asked)) if asked else None,
             "num_questions": len(asked),
             "num_proteins": evaluation.num_proteins,
             "steps": sum(num_steps.values()),
@@ -221,7 +236,7 @@ class Run:
 
     def example(self, predictions) -> dict:
         """A structure file and a question to begin with: on real data the user has his own."""
-        if self.config.data.shards != self.config.demo.directory:
+        if self.config.data.shards != self.config.demo.directory or not predictions:
             return {}
         question = predictions[0].question
         return {"example_structure": str(Path(self.config.demo.directory) / EXAMPLE), "example_question": question}
@@ -234,7 +249,8 @@ class StageRun:
         self.shared, self.name, self.stage, self.weights_from = run, name, stage, weights_from
         self.directory = run.output / name
         self.prompt = Prompt(run.tokenizer, TEMPLATES[stage.template, name], stage.max_answer_tokens)
-        self.plan = TrainingPlan(self.stage_data(run.train_shards), stage, run.config.seed)
+        data = self.stage_data(run.train_shards)
+        self.plan = TrainingPlan(data, stage, run.config.seed, run.config.data.shards_per_window)
         self.check_ranks()
         self.check_same_plan()
         self.resume_from = self.newest_checkpoint()
@@ -261,8 +277,9 @@ class StageRun:
             raise PlanError(
                 f"{ranks} ranks but only {num_samples} training samples: start fewer ranks, or build more shards"
             )
-        if self.stage.samples_per_step < ranks:
-            log.warning("%s.samples_per_step is %d: some of the %d ranks idle", self.name, self.stage.samples_per_step, ranks)
+        fewest = int(np.diff(self.plan.epoch(0).step_starts).min())
+        if fewest < ranks:
+            log.warning("stage %s has steps of %d packs: some of the %d ranks idle", self.name, fewest, ranks)
 
     def check_same_plan(self):
         seen = gather_objects(self.plan.fingerprint)
@@ -296,20 +313,24 @@ class StageRun:
             log.info("stage %s goes on from %s", self.name, self.resume_from)
         held_out = self.held_out()
         first, last = self.progress.steps_done, self.plan.num_steps
-        rank, world_size = shared.rank.rank, shared.rank.world_size
         monitor = Monitor(shared.output / "tensorboard", self.name, first, last, shared.rank.is_first)
+        balance = Balance(shared.config.devices, shared.device, self.progress.speeds)
+        capacities = gather_objects(shared.config.devices.tokens_per_forward)
         evaluated = {}
+
+        def share(step: int) -> Share:
+            return Share(shared.rank.rank, balance.speeds(step), capacities, engine.is_sharded)
 
         def after_step(step: int):
             if step == last or step % shared.config.checkpoint.every_steps == 0:
-                self.save(engine, step)
+                self.save(engine, balance, step)
             if step == last or due(step, shared.config.evaluation.every_steps):
                 evaluated[step] = self.evaluate(engine, held_out, step, monitor)
 
-        work = prefetch(lambda step: self.plan.data.work(self.plan.groups(step), rank, world_size), first, last)
+        work = prefetch(lambda step: self.plan.work(step, share(step)), first, last)
         engine.module.train()
         train(
-            engine, shared.encoders, work, self.stage, monitor, shared.device,
+            engine, shared.encoders, work, self.stage, monitor, balance, shared.device,
             first_step=first, num_steps=last, after_step=after_step,
         )  # fmt: skip
         evaluation = evaluated.get(last) or self.evaluate(engine, held_out, last, monitor)
@@ -329,9 +350,9 @@ class StageRun:
             assemble.set_weights(model, checkpoint.read_weights(source))
         return model.to(shared.device)
 
-    def save(self, engine: Engine, step: int):
+    def save(self, engine: Engine, balance: Balance, step: int):
         state = engine.get_state()  # a collective: every rank, though one writes
-        progress = dataclasses.replace(self.progress, steps_done=step)
+        progress = dataclasses.replace(self.progress, steps_done=step, speeds=balance.agreed)
         keep = self.shared.config.checkpoint.keep_last
         on_first_rank(lambda: checkpoint.save(self.directory, state, progress, keep) and None)
 
@@ -366,8 +387,8 @@ def due(step: int, every_steps: int | None) -> bool:
     return every_steps is not None and step % every_steps == 0
 
 
-def absolute_if_file(name_or_path: str) -> str:
-    return str(Path(name_or_path).absolute()) if Path(name_or_path).is_file() else name_or_path
+def absolute_if_there(name_or_path: str) -> str:
+    return str(Path(name_or_path).absolute()) if Path(name_or_path).exists() else name_or_path
 
 
 def write_predictions(predictions, path: Path):

@@ -29,7 +29,9 @@ class PoisonedEncoders:
 def train_into_nan(rank, device, case) -> dict:
     run = SmallRun(case)
     engine = run.engine()
-    good_calls = POISONED_STEP if rank.rank == POISONED_RANK else 10**6
+    packs_before = sum(len(run.work(engine, rank, step).packs) for step in range(POISONED_STEP))
+    num_packs = len(run.work(engine, rank, POISONED_STEP).packs)
+    good_calls = packs_before + num_packs - 1 if rank.rank == POISONED_RANK else 10**6
     encoders = PoisonedEncoders(run.encoders, good_calls)
     before = {}
 
@@ -43,7 +45,7 @@ def train_into_nan(rank, device, case) -> dict:
     return {
         "message": str(raised.value),
         "poisoned": encoders.poisoned,
-        "on_this_rank": run.plan.data.work(run.plan.groups(POISONED_STEP), rank.rank, rank.world_size).pack.keys,
+        "on_this_rank": [pack.keys for pack in run.work(engine, rank, POISONED_STEP).packs],
         "same_state": all(torch.equal(after[k][n], v) for k, kind in before["state"].items() for n, v in kind.items()),
         "same_weights": all(torch.equal(a, b) for a, b in zip(before["local"], local_weights(engine), strict=True)),
         "finite": all(value.isfinite().all() for kind in after.values() for value in kind.values()),
@@ -55,16 +57,22 @@ def local_weights(engine) -> list[torch.Tensor]:
     return [getattr(p, "ds_tensor", p).detach().clone() for p in engine.module.parameters()]
 
 
+# Packs of 600 tokens: one on each rank. A group a pack: three, of which the last of the poisoned rank's is bad.
+@pytest.mark.parametrize("tokens_per_pack, num_packs", [(600, 1), (None, 2)], ids=["one", "several"])
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero3"])
-def test_every_rank_stops_before_the_update_and_names_the_samples(worlds, demo_assets, qwen2, zero, bf16):
-    case = Case(str(demo_assets), str(qwen2), "full", zero_options(zero), bf16)
+def test_every_rank_stops_before_the_update_and_names_the_samples(
+    worlds, demo_assets, qwen2, zero, bf16, tokens_per_pack, num_packs
+):
+    stage = (("tokens_per_pack", tokens_per_pack),)
+    case = Case(str(demo_assets), str(qwen2), "full", zero_options(zero), bf16, stage=stage)
     ranks = worlds(2)(train_into_nan, case)
     bad, good = ranks[POISONED_RANK], ranks[1 - POISONED_RANK]
     assert bad["poisoned"] and good["poisoned"] is None
     assert bad["message"] == good["message"]
     assert f"step {POISONED_STEP} " in good["message"]
     named = good["message"].split("with samples ")[1].split(";")[0].split(", ")
-    assert named == bad["on_this_rank"] and bad["poisoned"] in named
+    assert len(bad["on_this_rank"]) == num_packs
+    assert named == bad["on_this_rank"][-1] and bad["poisoned"] in named
     for rank in ranks:
         assert rank["same_state"] and rank["same_weights"] and rank["finite"]

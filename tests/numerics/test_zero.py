@@ -44,8 +44,8 @@ def test_two_ranks_train_as_one_process_does(worlds, plain, demo_assets, qwen2, 
 
 
 def turns_of(assets, llm):
-    plan = SmallRun(make_case(assets, llm)).plan
-    return [[turns for _, turns in plan.groups(step)] for step in range(STEPS)]
+    run = SmallRun(make_case(assets, llm))
+    return [[turns for _, turns in run.groups(step)] for step in range(STEPS)]
 
 
 def test_the_comparison_covers_clipping_and_uneven_ranks(plain, demo_assets, qwen2):

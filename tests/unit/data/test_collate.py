@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proteingpt.data.collate import Group, collate, group_length
-from proteingpt.protein import Protein
+from proteingpt.data.collate import Group, branch_length, collate
+from proteingpt.protein import Protein, prefix_length
 
 
 def protein(length: int, name: str = "1abc") -> Protein:
@@ -104,7 +104,7 @@ groups = st.lists(st.tuples(st.integers(1, 9), ids, branches), min_size=1, max_s
 def test_a_group_is_as_long_as_the_plan_expects(drawn):
     made = [Group("k", protein(length), prefix, turns) for length, prefix, turns in drawn]
     lengths = [
-        group_length(length, len(prefix), [len(question) for question, _ in turns], [len(answer) for _, answer in turns])
+        len(prefix) + prefix_length(length) + sum(branch_length(len(asked), len(answer)) for asked, answer in turns)
         for length, prefix, turns in drawn
     ]
     pack = collate(made)

@@ -148,7 +148,8 @@ def test_a_split_without_samples_has_an_empty_index(prompt, tmp_path):
 
 
 def test_tokens_are_rows_end_to_end():
-    tokens = Tokens.of([[5, 6], [], [7]])
+    tokens = Tokens.of([[np.array([5, 6], np.int32), np.array([], np.int32)], [], [np.array([7], np.int32)]])
+    assert tokens.ids.dtype == np.int32 and Tokens.of([]).lengths.tolist() == []
     assert tokens.ids.tolist() == [5, 6, 7] and tokens.starts.tolist() == [0, 2, 2, 3]
     assert [tokens[n].tolist() for n in range(3)] == [[5, 6], [], [7]] and tokens.lengths.tolist() == [2, 0, 1]
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import itertools
 import threading
 
 import numpy as np
@@ -10,8 +11,8 @@ from transformers import AutoTokenizer
 
 from proteingpt.config import StageConfig
 from proteingpt.data.index import build_index
-from proteingpt.data.loader import StageData, TrainingPlan, prefetch
-from proteingpt.data.plan import PlanError, hash_keys
+from proteingpt.data.loader import Share, StageData, TrainingPlan, prefetch
+from proteingpt.data.plan import PlanError, assign, hash_keys
 from proteingpt.data.prompts import TEMPLATES, Prompt
 from proteingpt.data.shards import ShardSet
 
@@ -45,6 +46,17 @@ def plan(data):
     return TrainingPlan(data, STAGE, seed=42)
 
 
+def groups_of(plan, step: int):
+    return list(itertools.chain(*plan.packs(step)[0]))
+
+
+def work_of(plan, step: int, speeds=(1.0,), capacities=None, equal_counts=False):
+    """What each rank does."""
+    capacities = capacities or [None] * len(speeds)
+    return [plan.work(step, Share(rank, list(speeds), capacities, equal_counts)) for rank in range(len(speeds))]
+
+
+
 # ------------------------------------------------------------------------------------------------------- the plan
 
 
@@ -56,7 +68,7 @@ def test_the_number_of_steps_by_hand(data):
 
 
 def test_each_epoch_asks_everything_once_and_the_next_one_in_another_order(plan):
-    epochs = [[group for step in steps for group in plan.groups(step)] for steps in (range(4), range(4, 8))]
+    epochs = [[group for step in steps for group in groups_of(plan, step)] for steps in (range(4), range(4, 8))]
     for groups in epochs:
         asked = sorted((sample, turn) for sample, turns in groups for turn in turns)
         assert asked == [(sample, turn) for sample in range(16) for turn in range(8)]
@@ -65,22 +77,26 @@ def test_each_epoch_asks_everything_once_and_the_next_one_in_another_order(plan)
 
 def test_a_step_is_the_same_whichever_was_asked_for_before(plan, data):
     """So a run resumes by its step number alone."""
-    inorder = [plan.groups(step) for step in range(8)]
+    inorder = [plan.packs(step) for step in range(8)]
     fresh = TrainingPlan(data, STAGE, seed=42)
-    assert [fresh.groups(step) for step in (7, 0, 4, 3)] == [inorder[step] for step in (7, 0, 4, 3)]
+    assert [fresh.packs(step) for step in (7, 0, 4, 3)] == [inorder[step] for step in (7, 0, 4, 3)]
 
 
 @pytest.mark.parametrize(
-    "stage, seed, samples",
+    "stage, seed, samples, window",
     [
-        (STAGE, 43, range(16)),
-        (dataclasses.replace(STAGE, samples_per_step=41), 42, range(16)),
-        (dataclasses.replace(STAGE, questions_per_group=4), 42, range(16)),
-        (STAGE, 42, range(15)),
+        (STAGE, 43, range(16), None),
+        (dataclasses.replace(STAGE, samples_per_step=41), 42, range(16), None),
+        (dataclasses.replace(STAGE, questions_per_group=4), 42, range(16), None),
+        (dataclasses.replace(STAGE, questions_per_protein=4), 42, range(16), None),
+        (dataclasses.replace(STAGE, tokens_per_pack=500), 42, range(16), None),
+        (dataclasses.replace(STAGE, samples_per_step=None, tokens_per_step=9, tokens_per_pack=9), 42, range(16), None),
+        (STAGE, 42, range(15), None),
+        (STAGE, 42, range(16), 1),
     ],
 )
-def test_the_fingerprint_changes_with_whatever_changes_the_order(plan, make_data, stage, seed, samples):
-    assert TrainingPlan(make_data(samples), stage, seed).fingerprint != plan.fingerprint
+def test_the_fingerprint_changes_with_whatever_changes_the_order(plan, make_data, stage, seed, samples, window):
+    assert TrainingPlan(make_data(samples), stage, seed, window).fingerprint != plan.fingerprint
     assert TrainingPlan(make_data(), STAGE, 42).fingerprint == plan.fingerprint
 
 
@@ -91,7 +107,7 @@ def test_the_fingerprint_leaves_out_what_does_not_change_the_order(plan, data):
 
 def test_no_sample_left_is_a_plan_error(make_data):
     with pytest.raises(PlanError):
-        TrainingPlan(make_data([]), STAGE, 42).groups(0)
+        TrainingPlan(make_data([]), STAGE, 42)
 
 
 # ----------------------------------------------------------------------------------------------------------- work
@@ -104,17 +120,77 @@ def told(pack) -> list[tuple[str, list[int]]]:
     return [(key, pack.targets[a:b].tolist()) for key, a, b in zip(pack.keys, bounds, bounds[1:])]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-def test_the_ranks_share_a_steps_groups_between_them(plan, data, world_size):
-    for step in range(plan.num_steps):
-        groups = plan.groups(step)
-        work = [data.work(groups, rank, world_size) for rank in range(world_size)]
-        whole = data.work(groups, 0, 1)
-        assert sorted(g for w in work for g in told(w.pack)) == sorted(told(whole.pack))
-        assert len(whole.pack.keys) == len(groups)
-        for w in work:
-            assert w.answer_tokens == sum(v.pack.num_answer_tokens for v in work) == len(whole.pack.targets)
+PACKED = dataclasses.replace(STAGE, tokens_per_pack=450)
+SHARES = {
+    "alone": dict(speeds=(1.0,)),
+    "alone, with room for two": dict(speeds=(1.0,), capacities=[900]),
+    "equal": dict(speeds=(1.0, 1.0, 1.0)),
+    "unlike": dict(speeds=(1.0, 0.45)),
+    "one does nothing": dict(speeds=(5.0, 1e-3, 4.0)),
+    "more ranks than packs": dict(speeds=(1.0,) * 20),
+    "unlike in speed and room": dict(speeds=(1.0, 0.45, 3.0), capacities=[450, None, 2000]),
+    "equal counts": dict(speeds=(1.0, 0.3), equal_counts=True),
+    "equal counts with room": dict(speeds=(1.0, 0.3, 0.3), capacities=[1000, None, 450], equal_counts=True),
+    "equal counts, one does nothing": dict(speeds=(1.0, 1e-3), equal_counts=True),
+}
+
+
+@pytest.mark.parametrize("stage", [STAGE, PACKED], ids=["a group a pack", "packs of 450"])
+@pytest.mark.parametrize("share", SHARES.values(), ids=SHARES)
+def test_the_ranks_share_a_steps_packs_between_them(data, stage, share):
+    """Every group once over the ranks' packs that count, whatever their speeds, room and number; the same totals on
+    all; nothing over a rank's capacity; a pack for every rank, and as many where that is asked."""
+    plan = TrainingPlan(data, stage, 42)
+    for step in range(0, plan.num_steps, 3):
+        packs, tokens = plan.packs(step)
+        groups = groups_of(plan, step)
+        work = work_of(plan, step, **share)
+        heard = [[pack for pack in w.packs if pack.weights.any()] for w in work]
+        wanted = [(data.shards.keys[s], list(itertools.chain(*answers_of(data, s, turns)))) for s, turns in groups]
+        assert sorted(group for packs in heard for pack in packs for group in told(pack)) == sorted(wanted)
+        counts = [len(w.packs) for w in work]
+        assert min(counts) >= 1
+        for w, mine in zip(work, heard):
+            assert w.answer_tokens == sum(len(answer) for _, answer in wanted)
+            assert w.answer_tokens == sum(pack.num_answer_tokens for packs in heard for pack in packs)
             assert w.num_samples == sum(len(turns) for _, turns in groups)
+            assert w.several == (max(counts) > 1)
+            # What a rank is given beyond its share, it is given in silence, and it is the shortest of the step.
+            assert all(pack.weights.any() or pack.num_tokens == min(tokens) for pack in w.packs)
+            assert len(w.packs) == len(mine) or share.get("equal_counts") or not mine
+        for w, capacity in zip(work, share.get("capacities", [])):
+            assert capacity is None or all(pack.num_tokens <= capacity for pack in w.packs)
+        if share.get("equal_counts"):
+            assert len(set(counts)) == 1
+
+
+def answers_of(data, sample: int, turns) -> list[list[int]]:
+    first = data.index.first_turn[data.samples[sample]]
+    return [data.index.answers[first + turn].tolist() for turn in turns]
+
+
+@pytest.mark.parametrize("share", SHARES.values(), ids=SHARES)
+def test_a_pack_has_the_same_bytes_on_any_device(data, share):
+    """A pack alone in its forward is, tensor for tensor, what one rank alone makes of it, and in a wider forward it
+    comes with its tokens in one piece."""
+    plan = TrainingPlan(data, PACKED, 42)
+    (alone,) = work_of(plan, 1)
+    assert [pack.num_tokens for pack in alone.packs] == plan.packs(1)[1]
+    rows = [pack.token_ids.tolist() for w in work_of(plan, 1, **share) for pack in w.packs if pack.weights.any()]
+    joined = "|".join(" ".join(map(str, row)) for row in rows)
+    assert all(" ".join(map(str, pack.token_ids.tolist())) in joined for pack in alone.packs)
+    assert sum(map(len, rows)) == sum(plan.packs(1)[1])
+
+
+def test_packs_joined_in_a_forward_follow_the_assignment(data):
+    plan = TrainingPlan(data, PACKED, 42)
+    packs, tokens = plan.packs(0)
+    speeds, capacities = [1.0, 0.45, 3.0], [450, None, 1000]
+    forwards = assign(tokens, speeds, capacities)
+    assert any(len(forward) > 1 for forward in forwards[2])
+    for rank, w in enumerate(work_of(plan, 0, speeds, capacities)):
+        wanted = [[data.shards.keys[s] for p in forward for s, _ in packs[p]] for forward in forwards[rank]]
+        assert [pack.keys for pack in w.packs if pack.weights.any()] == wanted
 
 
 def test_a_group_holds_its_protein_with_its_own_questions_and_answers(data, demo_assets):
@@ -138,29 +214,51 @@ def test_left_out_samples_are_never_read_and_the_others_keep_their_own_text(make
     for number, sample in enumerate((3, 7, 12)):
         mine, theirs = some.group(number, (1, 4)), data.group(sample, (1, 4))
         assert mine.key == theirs.key and mine.branches == theirs.branches
-        assert some.group_length(number, (1, 4)) == data.group_length(sample, (1, 4))
         assert some.answer_tokens([(number, (1, 4))]) == data.answer_tokens([(sample, (1, 4))])
     plan = TrainingPlan(some, STAGE, 42)
-    keys = {key for step in range(plan.num_steps) for key in some.work(plan.groups(step), 0, 1).pack.keys}
+    keys = {key for step in range(plan.num_steps) for pack in work_of(plan, step)[0].packs for key in pack.keys}
     assert keys == {data.shards.keys[s] for s in (3, 7, 12)}
 
 
-def test_lengths_are_known_before_anything_is_read(plan, data):
-    groups = plan.groups(0)
-    pack = data.work(groups, 0, 1).pack
-    assert np.diff(pack.group_starts).tolist() == [data.group_length(*group) for group in groups]
+@pytest.mark.parametrize("samples", [range(16), [2, 5, 11, 12]])
+def test_lengths_are_known_before_anything_is_read(make_data, samples):
+    """Of packs and of the groups in them, also where some samples are left out."""
+    plan = TrainingPlan(make_data(samples), PACKED, 42)
+    epoch = plan.epoch(0)
+    for step in range(plan.steps_per_epoch):
+        (work,) = work_of(plan, step)
+        assert [pack.num_tokens for pack in work.packs] == plan.packs(step)[1]
+        first, last = epoch.pack_starts[epoch.step_starts[step : step + 2]]
+        lengths = [length for pack in work.packs for length in np.diff(pack.group_starts).tolist()]
+        assert lengths == epoch.tokens[first:last].tolist()
 
 
-def test_a_rank_without_a_group_repeats_the_shortest_in_silence(data):
-    groups = [(0, (0, 1, 2)), (5, (3,)), (9, (4, 5))]
-    lengths = [data.group_length(*group) for group in groups]
-    work = [data.work(groups, rank, 4) for rank in range(4)]
-    idle = [w for w in work if w.pack.num_answer_tokens == 0]
-    assert len(idle) == 1
-    shortest = groups[lengths.index(min(lengths))]
-    assert idle[0].pack.keys == [data.shards.keys[shortest[0]]] and idle[0].pack.num_tokens == min(lengths)
-    assert not idle[0].pack.weights.any() and len(idle[0].pack.targets) > 0
-    assert idle[0].answer_tokens == sum(w.pack.num_answer_tokens for w in work) > 0
+def test_the_sizes_that_the_plan_is_given_by_reading_every_sample(make_data, data):
+    chosen = [3, 7, 12]
+    sizes = make_data(chosen).sizes
+    for number, sample in enumerate(chosen):
+        protein, turns = data.shards.read(sample).protein, data.index.first_turn[sample : sample + 2]
+        assert sizes.prefix_tokens[number] == len(data.prefix_ids) + 2 * (len(protein) + 2)
+        first, last = sizes.first_turn[number : number + 2]
+        read = [
+            len(data.index.questions[t]) + len(data.index.answers[t]) - 1 for t in range(int(turns[0]), int(turns[1]))
+        ]
+        assert sizes.turn_tokens[first:last].tolist() == read
+    assert sizes.shards.tolist() == [data.shards.shard_numbers[sample] for sample in chosen]
+
+
+def test_a_rank_without_a_pack_repeats_the_shortest_in_silence(plan, data):
+    packs, tokens = [[(0, (0, 1, 2))], [(5, (3,))], [(9, (4, 5))]], []
+    for groups in packs:
+        tokens.append(data.collate(groups).num_tokens)
+    work = [data.work(packs, tokens, Share(rank, [1.0] * 4, [None] * 4, False)) for rank in range(4)]
+    idle = [w for w in work if not any(pack.num_answer_tokens for pack in w.packs)]
+    assert len(idle) == 1 and len(idle[0].packs) == 1 and not idle[0].several
+    (pack,) = idle[0].packs
+    shortest = packs[tokens.index(min(tokens))][0]
+    assert pack.keys == [data.shards.keys[shortest[0]]] and pack.num_tokens == min(tokens)
+    assert not pack.weights.any() and len(pack.targets) > 0
+    assert idle[0].answer_tokens == sum(p.num_answer_tokens for w in work for p in w.packs) > 0
 
 
 # ------------------------------------------------------------------------------------------------------- prefetch

@@ -31,11 +31,25 @@ def test_a_prefix_alone_is_causal_and_the_mask_is_boolean():
     assert mask.dtype == torch.bool and mask.tolist() == [[True, False, False], [True, True, False], [True] * 3]
 
 
-def test_a_layout_cuts_the_row_into_its_groups():
-    layout = make_layout([0, 3, 5], torch.tensor([0, 1, 2, 0, 1]))
-    assert [(begin, end) for begin, end, _ in layout.groups] == [(0, 3), (3, 5)]
-    assert layout.groups[0][2].tolist() == [[True, False, False], [True, True, False], [True, False, True]]
-    assert layout.groups[1][2].tolist() == [[True, False], [True, True]]
+def told(layout) -> list:
+    return [(p.begin, p.end, p.spans, p.mask if p.mask is None else p.mask.int().tolist()) for p in layout.parts]
+
+
+def test_small_groups_have_one_mask_each():
+    assert told(make_layout([0, 3, 5], torch.tensor([0, 1, 2, 0, 1]))) == [
+        (0, 3, ((0, 3),), [[1, 0, 0], [1, 1, 0], [1, 0, 1]]),
+        (3, 5, ((3, 5),), [[1, 0], [1, 1]]),
+    ]
+
+
+def test_large_groups_are_read_prefix_by_prefix_and_branch_by_branch():
+    """Branch 2 has no token of its own: its one answer token is predicted from the prefix."""
+    assert told(make_layout([0, 5, 6], torch.tensor([0, 0, 1, 3, 3, 0]), dense_tokens=0)) == [
+        (0, 2, ((0, 2),), None),
+        (2, 3, ((0, 2), (2, 3)), [[1, 1, 1]]),
+        (3, 5, ((0, 2), (3, 5)), [[1, 1, 1, 0], [1, 1, 1, 1]]),
+        (5, 6, ((5, 6),), None),
+    ]
 
 
 def dense_attention(query, key, value, group_starts, branch_ids, scaling):
@@ -66,15 +80,21 @@ shapes = st.lists(st.tuples(st.integers(1, 5), st.lists(st.integers(1, 3), max_s
 
 
 @settings(max_examples=40)
-@given(shapes, st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 1)]), st.sampled_from([None, 0.3]), st.integers(0, 99))
-def test_it_is_dense_attention_under_the_whole_mask(drawn, heads, scaling, seed):
+@given(
+    shapes,
+    st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 1)]),
+    st.sampled_from([None, 0.3]),
+    st.integers(0, 99),
+    st.sampled_from([0, 5, 100]),
+)
+def test_it_is_dense_attention_under_the_whole_mask(drawn, heads, scaling, seed, dense_tokens):
     """Values and gradients, in fp64, grouped-query heads as well. drawn: (prefix, branch lengths) of each group."""
     starts, branch_ids = [0], []
     for prefix, lengths in drawn:
         branch_ids += [0] * prefix + [number for number, n in enumerate(lengths, start=1) for _ in range(n)]
         starts.append(len(branch_ids))
     query, key, value = random_inputs(seed, *heads, len(branch_ids), width=4)
-    layout = make_layout(starts, torch.tensor(branch_ids))
+    layout = make_layout(starts, torch.tensor(branch_ids), dense_tokens)
     made, weights = shared_prefix_attention(None, query, key, value, scaling=scaling, layout=layout)
     wanted = dense_attention(query, key, value, starts, branch_ids, 4**-0.5 if scaling is None else scaling)
     assert weights is None and made.shape == (1, len(branch_ids), heads[0], 4)

@@ -22,7 +22,7 @@ def make_state(seed: int) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def progress(steps_done: int) -> Progress:
-    return Progress("instruct", steps_done, num_steps=40, plan="abc123")
+    return Progress("instruct", steps_done, num_steps=40, plan="abc123", speeds=[[0, [1.0, 0.1]], [11, [1 / 3, 2e-9]]])
 
 
 def same(found, wanted) -> bool:
@@ -102,12 +102,12 @@ def test_a_description_that_forgot_a_file_does_not_verify(two):
     assert newest_valid(folder) == older
 
 
-def test_where_all_are_broken_there_is_none_and_all_are_named(two, caplog):
+def test_where_all_are_broken_the_run_stops_and_all_are_named(two, caplog):
     folder, older, newer = two
     for path in (older, newer):
         flip(path / "weights.safetensors")
-    with caplog.at_level(logging.WARNING):
-        assert newest_valid(folder) is None
+    with caplog.at_level(logging.WARNING), pytest.raises(CheckpointError, match="all 2 checkpoints .* are broken"):
+        newest_valid(folder)
     assert older.name in caplog.text and newer.name in caplog.text
 
 

@@ -1,7 +1,5 @@
 """DeepSpeed behind our class: what it is told, and that it does what it is told."""
 
-import dataclasses
-
 import pytest
 import torch
 from small_run import Case, SmallRun, zero_options
@@ -69,22 +67,11 @@ def test_a_group_without_parameters_is_left_out():
 STAGES = ["zero0", "zero1", "zero2", "zero3"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Given(Case):
-    """A case with more in its JSON."""
-
-    more: tuple = ()
-
-    @property
-    def ds_config(self):
-        return {**super().ds_config, **dict(self.more)}
-
-
 @pytest.fixture
 def make_case(demo_assets, qwen2):
     def make(zero="zero0", train="projector", bf16=False, more=(), **stage):
         stage = tuple({"samples_per_step": 4, **stage}.items())
-        return Given(str(demo_assets), str(qwen2), train, zero_options(zero), bf16, stage=stage, more=tuple(more))
+        return Case(str(demo_assets), str(qwen2), train, zero_options(zero), bf16, stage=stage, more=tuple(more))
 
     return make
 
@@ -95,9 +82,12 @@ def one_update(rank, device, case, learning_rate: float) -> dict:
     engine = run.engine()
     model_before = {name: p.clone() for name, p in run.model().named_parameters() if p.requires_grad}
     before = engine.get_state()
-    work = run.plan.data.work(run.plan.groups(0), rank.rank, rank.world_size)
-    loss = engine.forward(work.pack, *run.encoders.encode(work.pack.proteins))
-    engine.update(loss, work.answer_tokens, learning_rate)
+    work = run.work(engine, rank, 0)
+    with engine.accumulating(work.several):
+        for pack in work.packs:
+            loss = engine.forward(pack, *run.encoders.encode(pack.proteins))
+            engine.backward(loss, work.answer_tokens, is_last=pack is work.packs[-1])
+    engine.step(learning_rate)
     after = engine.get_state()
     result = {
         "model_before": model_before,
