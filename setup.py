@@ -8,7 +8,7 @@ setup(
     description="ProteinGPT (arXiv 2408.11363) as a DeepSpeed trainer: frozen ESM-2 and ESM-IF1, one projection each, any causal LM",
     python_requires=">=3.11",
     packages=find_packages(include=["proteingpt", "proteingpt.*"]),
-    package_data={"proteingpt": ["recipes/*.yaml"]},
+    package_data={"proteingpt": ["recipes/*.yaml", "data/*.txt"]},
     install_requires=[
         "torch>=2.13",
         "deepspeed>=0.19.6",
@@ -24,5 +24,5 @@ setup(
         "sentencepiece",
         "pyyaml",
     ],
-    extras_require={"test": ["pytest", "hypothesis", "gemmi"]},
+    extras_require={"test": ["pytest", "hypothesis", "gemmi", "mpich"]},
 )

@@ -52,7 +52,8 @@ class Assistant:
             if encoder.fingerprint != wanted:
                 raise assemble.ModelError(
                     f"{type(encoder).__name__} has other weights (sha256 {encoder.fingerprint[:12]}) than those that "
-                    f"{directory} was trained with ({wanted[:12]}): its answers would mean nothing"
+                    f"{directory} was trained with ({wanted[:12]}): its answers would mean nothing. Put the file back that "
+                    f"{Path(directory) / 'model.json'} names, or train again"
                 )
         return cls(model, Prompt(tokenizer, info.template, max_answer_tokens=max_new_tokens), encoders, max_new_tokens)
 

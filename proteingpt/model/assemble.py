@@ -21,6 +21,7 @@ from proteingpt.model.protein_gpt import ProteinGPT
 
 PROJECTOR, LLM = "projector.", "llm."  # prefixes of the parameter names of ProteinGPT's two parts
 PROJECTOR_FILE = "projector.safetensors"
+CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")  # as configurations call it
 
 
 class ModelError(ValueError):
@@ -92,7 +93,10 @@ def llm_config(directory: str):
 def context_length(config) -> int:
     """Tokens a sample may have. A sliding window is refused rather than ignored: no sample may be longer than it."""
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    return min(config.max_position_embeddings, window or config.max_position_embeddings)
+    longest = next((n for n in map(lambda name: getattr(config, name, None), CONTEXT_NAMES) if n), None)
+    if longest is None:
+        raise ModelError(f"{type(config).__name__} does not say how long a context the LLM has ({', '.join(CONTEXT_NAMES)})")
+    return min(longest, window or longest)
 
 
 def build_model(

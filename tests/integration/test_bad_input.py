@@ -7,6 +7,7 @@ import pytest
 from commands import execute, workplace
 
 from proteingpt.distributed import stop
+from proteingpt.inference.chat import main as chat
 from proteingpt.training.run import main
 
 ZERO2 = str(Path(__file__).parents[2] / "ds_configs" / "zero2.json")
@@ -21,10 +22,10 @@ def train(tmp_path, monkeypatch, capfd):
 
     def run(*arguments: str) -> tuple[int, str]:
         code = main(["--ds_config", ZERO2, *arguments])
+        stop()  # a process of its own ends here
         return code, capfd.readouterr().err
 
-    yield run
-    stop()
+    return run
 
 
 def test_an_unknown_recipe_field_is_named_with_its_nearest(train, tmp_path):
@@ -91,3 +92,39 @@ def test_more_ranks_than_samples(tmp_path):
     )
     assert process.returncode != 0
     assert "9 ranks but only 8 training samples" in process.stderr
+
+
+def ask_about(structure: Path, chain: str, capsys) -> tuple[int, str]:
+    code = chat(["--model", "none", "--structure", str(structure), "--chain", chain, "--question", "What is it?"])
+    return code, capsys.readouterr().err
+
+
+def test_a_structure_without_the_chain_asked_for_names_the_chains_it_has(demo_assets, capsys):
+    code, said = ask_about(demo_assets / "example.pdb", "B", capsys)
+    assert code == 1 and "'B'" in said and "the polypeptide chains are: A" in said
+
+
+def test_a_truncated_mmcif_is_refused_by_name(tmp_path, capsys):
+    whole = "data_1XYZ\n#\n" + "".join(f"_a{n}.id 1\n#\n" for n in range(9)) + "loop_\n_atom_site.id\n_atom_site.Cartn_x\n1 2.0\n2"
+    (tmp_path / "cut.cif").write_text(whole)
+    code, said = ask_about(tmp_path / "cut.cif", "A", capsys)
+    assert code == 1 and "cut.cif" in said
+
+
+def test_a_failed_start_does_not_bind_the_run_directory(train, demo_assets):
+    """The first, wrong, command is corrected in the same --output: nothing has been learned there."""
+    wrong = ("--recipe", "paper-align", "--output", "run", "--data", str(demo_assets))
+    assert train(*wrong)[0] == 1
+    code, said = train(*wrong, "--llm", str(demo_assets / "llm"), "--encoders.weights_dir", "elsewhere")
+    assert "begun with another recipe" not in said and "esm2_t36_3B_UR50D.pt" in said
+
+
+def test_a_misspelt_option_is_answered_with_the_nearest(train):
+    assert train("--align.epohcs", "3") == (1, "error: --align.epohcs is not an option; did you mean --align.epochs?\n")
+
+
+@pytest.mark.parametrize("content, named", [({"bf16": True}, "bf16"), ({"activation_checkpointing": {}}, "activation_checkpointing")])
+def test_a_json_that_cannot_be_meant_is_refused_before_anything_loads(train, tmp_path, content, named):
+    (tmp_path / "ds.json").write_text(json.dumps(content))
+    code, said = train("--ds_config", str(tmp_path / "ds.json"))
+    assert code == 1 and said.startswith("error: ") and named in said and not (tmp_path / "runs").exists()

@@ -14,13 +14,13 @@ LAUNCH = sorted((REPOSITORY / "launch").glob("*.py"))
 
 # From the bottom up: a room imports from itself and from those before it.
 ROOMS = ["base", "data", "encoders", "model", "demo", "inference", "evaluation", "training"]
-BASE = ("__init__.py", "config.py", "protein.py", "distributed.py")
+BASE = ("__init__.py", "config.py", "protein.py", "distributed.py", "web.py", "endpoint.py")
 
 # Each of these is imported in one place only. biotite has a second door: fair-esm imports it by itself, for a function
 # that has been renamed since, and fair_esm.py makes the two meet.
 ONLY_IN = {
     "deepspeed": ("training/engine.py",),
-    "biotite": ("data/structure.py", "encoders/fair_esm.py"),
+    "biotite": (*(name for name in MODULES if name.startswith("data/structure/")), "encoders/fair_esm.py"),
     "webdataset": ("data/shards.py",),
     "mpi4py": ("data/build.py",),
     "esm": tuple(name for name in MODULES if name.startswith("encoders/")),
@@ -70,7 +70,9 @@ def test_a_library_that_has_one_door_comes_in_by_it(library):
 
 def test_under_everything_lie_types_and_settings_that_import_nothing_of_ours():
     for name in BASE:
-        ours = {other for other in imports(MODULES[name]) if other.startswith("proteingpt")}
+        # One of them lies on another: an endpoint is asked over HTTP.
+        allowed = ("proteingpt.web",) if name == "endpoint.py" else ()
+        ours = {n for n in imports(MODULES[name]) if n.startswith("proteingpt") and not n.startswith(allowed)}
         assert not ours, f"{name} imports {ours}"
 
 
@@ -79,9 +81,9 @@ def test_the_plan_looks_at_integers_only():
     assert imports(MODULES["data/plan.py"]) <= {"hashlib", "dataclasses", "dataclasses.dataclass", "numpy"}
 
 
-@pytest.mark.parametrize("name", ["questions", "structure", "shards", "build", "plan", "prompts", "collate", "index"])
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("data/")])
 def test_inside_data_nobody_imports_the_loader(name):
-    assert not {other for other in imports(MODULES[f"data/{name}.py"]) if other.startswith("proteingpt.data.loader")}
+    assert not {other for other in imports(MODULES[name]) if other.startswith("proteingpt.data.loader")}
 
 
 @pytest.mark.parametrize("name", ["plan", "prompts", "collate"])
@@ -91,9 +93,14 @@ def test_plan_prompts_and_packs_know_nothing_of_files(name):
     assert not {other for other in imports(MODULES[f"data/{name}.py"]) if other.startswith(files)}
 
 
-@pytest.mark.parametrize("name", ["structure", "questions", "build", "shards"])
+READS_TENSORS = ("collate", "loader", "index", "prompts")
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in MODULES if n.startswith("data/") and n.removeprefix("data/")[:-3] not in READS_TENSORS]
+)
 def test_processes_that_parse_structures_need_not_import_torch(name):
-    top = ast.parse(MODULES[f"data/{name}.py"].read_text(encoding="utf-8")).body
+    top = ast.parse(MODULES[name].read_text(encoding="utf-8")).body
     direct = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
     direct |= {node.module for node in top if isinstance(node, ast.ImportFrom)}
     heavy = {"torch", "transformers", "webdataset", "deepspeed", "mpi4py"}
@@ -108,9 +115,8 @@ def test_launch_files_bear_no_name_that_python_would_import_instead():
 
 @pytest.mark.parametrize("path", LAUNCH, ids=lambda path: path.name)
 def test_launch_files_parse_call_and_exit(path):
-    defined = [
-        node.name
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
-    ]
-    assert not defined, f"launch/{path.name} defines {defined}: logic belongs in the package"
+    """Arguments may be named here; what is done with them is in the package."""
+    defined = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    assert not [node.name for node in defined if isinstance(node, ast.ClassDef)]
+    others = [node for node in defined if not node.name.startswith("parse_arguments")]
+    assert all(node.end_lineno - node.lineno < 20 for node in others), "logic belongs in the package"

@@ -73,8 +73,11 @@ def test_constraints_pin_what_is_required_and_torch_above_all():
     assert set(pins) <= set(REQUIRED) and "torch" in pins
 
 
-def test_recipes_are_installed_with_the_package():
-    assert setup_arguments()["package_data"] == {"proteingpt": ["recipes/*.yaml"]}
+def test_what_is_not_code_is_installed_with_the_package():
+    package = REPOSITORY / "proteingpt"
+    installed = {path for pattern in setup_arguments()["package_data"]["proteingpt"] for path in package.glob(pattern)}
+    others = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert installed == others
     assert len(recipe_names()) == len(list((REPOSITORY / "proteingpt" / "recipes").iterdir()))
 
 
