@@ -25,7 +25,8 @@ def trained(tmp_path_factory):
     assert built.returncode == 0, built.stderr
     process = execute(
         "torchrun --standalone --nproc-per-node 2 launch/train.py --ds_config ds_configs/zero2.json --data shards/real "
-        "--output runs/real --demo.num_proteins 20 --align.epochs 3 --instruct.epochs 4 --instruct.samples_per_step 32",
+        "--output runs/real --demo.num_proteins 20 --align.epochs 6 --align.samples_per_step 4 "
+        "--instruct.epochs 4 --instruct.samples_per_step 32",
         folder,
         timeout=400,
     )
