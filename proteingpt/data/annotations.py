@@ -12,12 +12,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from proteingpt.data.structure.fact_texts import split_keywords
+from proteingpt.data.structure.fact_texts import DAY, split_keywords
 from proteingpt.protein import Facts
 
 _ENTRY_ID = re.compile(r"[0-9a-z]{4}|pdb_[0-9a-z]{8}")
 _CLUSTER_MEMBER = re.compile(r"(?:[0-9A-Z]{4}|PDB_[0-9A-Z]{8})_[0-9]+", re.IGNORECASE)
-DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
 
 # How the counts of Facts are called in RCSB's `rcsb_entry_info`. GraphQL writes DNA and RNA, REST dna and rna.
 COUNTS = dict(

@@ -66,6 +66,19 @@ def _is_day(text: str) -> bool:
         return False
 
 
+def check_split(sources: Sources, options: BuildOptions) -> None:
+    """Raises BuildError where the split wants what is not there: before hours of work, not after."""
+    try:
+        if options.split == "published" and sources.dataset is None:
+            raise SplitError("split published wants the published dataset.json: give --dataset FILE")
+        if sources.clusters is not None:
+            splits.read_clusters(sources.clusters)
+        elif options.split == "cluster" and sources.rcsb is None:
+            splits.require_mmseqs()
+    except SplitError as error:
+        raise BuildError(str(error)) from error
+
+
 def write_build(
     outcomes: list[Parsed],
     gathered: Gathered,
@@ -111,8 +124,9 @@ def _count_outcomes(
     """{entry id: its outcome} of those that gave samples; the rest goes into the report."""
     entries: dict[str, Parsed] = {}
     report.num_entries = len(gathered.skips)
-    report.skips = list(gathered.skips)
+    report.skips, report.duplicates = list(gathered.skips), list(gathered.duplicates)
     for outcome in outcomes:
+        report.duplicates += outcome.others
         if outcome.samples and outcome.entry in entries:
             # Two names, one id inside: the file names could not tell.
             detail = f"the entry is read from {entries[outcome.entry].file}"
@@ -121,11 +135,12 @@ def _count_outcomes(
         report.num_entries += 1
         report.skips += outcome.skips
         if outcome.samples and options.split == "date" and outcome.date is None:
-            detail = "neither release date nor year of deposition is known, and the split is by date"
+            detail = "neither release date nor year of deposition is known: give --facts, or split otherwise"
             report.skips.append(Skip(outcome.file, outcome.entry, "", "no date", detail))
         elif outcome.samples:
             entries[outcome.entry] = outcome
-    report.skips.sort(key=lambda skip: (skip.entry, skip.file))
+    for skips in (report.skips, report.duplicates):
+        skips.sort(key=lambda skip: (skip.entry, skip.file))
     return entries
 
 
@@ -168,8 +183,6 @@ def _draw_test(
             of_entry = {name: {clusters[s.key] for s in entry.samples} for name, entry in entries.items()}
             flat = {name: frozenset().union(*found) for name, found in of_entry.items()}
             return splits.draw_test_clusters(flat, options.test_fraction, options.seed)
-        if sides is None:
-            raise SplitError("split published wants the published dataset.json: give --dataset FILE")
         return {name for name in entries if sides.get(name) == "test"}
     except SplitError as error:
         raise BuildError(str(error)) from error

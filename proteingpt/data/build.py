@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TextIO
 
 from proteingpt.data.annotations import AnnotationError
-from proteingpt.data.assemble import BuildError, BuildOptions, write_build
+from proteingpt.data.assemble import BuildError, BuildOptions, check_split, write_build
 from proteingpt.data.crew import Crew, cut_batches
 from proteingpt.data.entries import encode_outcome, read_outcome
 from proteingpt.data.filters import Filters
@@ -40,7 +40,7 @@ from proteingpt.data.pieces import (
 from proteingpt.data.published import PublishedDataError
 from proteingpt.data.rcsb import FetchError
 from proteingpt.data.report import BuildReport, Progress, format_report
-from proteingpt.data.shards import existing_shards
+from proteingpt.data.shards import existing_shards, load_tar_writer
 from proteingpt.data.sources import Job, SourceError, Sources, gather
 from proteingpt.data.structure import StructureError
 
@@ -94,18 +94,18 @@ def build(
     with _crew(workers) as crew:
         if crew is None:
             return None
-        meter = Progress(0, progress)
         recorded = _recorded(options, sources)
         _check_out(out, recorded, overwrite)
+        check_split(sources, options)
         try:
-            gathered = gather(sources, options.filters.require_abstract, meter.say)
+            gathered = gather(sources, options.filters.require_abstract, progress)
         except SOURCE_ERRORS as error:
             raise BuildError(str(error)) from error
         if not gathered.jobs and not gathered.skips:
             where = structures or "the sources"
             raise BuildError(f"no structure file in {where}: wanted .cif, .bcif, .pdb or .ent, plain or .gz")
         work = open_work(out, recorded)
-        report = BuildReport(str(out), recorded, num_files=gathered.num_files, duplicates=list(gathered.duplicates))
+        report = BuildReport(str(out), recorded, num_files=gathered.num_files)
         outcomes = _parse(gathered.jobs, options.filters, work, crew, report, progress)
         write_build(outcomes, gathered, sources, options, work, report, max_failed_share)
     _remove_work(out)
@@ -187,7 +187,7 @@ def _parse(
         meter.say(f"that build ended while {who} was reading {file}: if it happens again, set the file aside")
     batches = cut_batches([(key, job) for key, job in zip(keys, jobs) if key not in found])
     try:
-        for outcomes in crew.run(partial(parse_batch, filters=filters, work=work), batches):
+        for outcomes in crew.run(partial(parse_batch, filters=filters, work=work), batches, first=load_tar_writer):
             found |= {outcome.key: outcome for outcome in outcomes}
             meter.advance(len(outcomes), sum(len(outcome.skips) for outcome in outcomes))
     except BrokenProcessPool as error:

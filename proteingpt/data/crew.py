@@ -39,15 +39,18 @@ class Crew:
         self.executor, self.num_remote, self.here = executor, num_remote, here
         self.processes: set = set()
 
-    def run(self, call: Callable, batches: list) -> Iterator:
+    def run(self, call: Callable, batches: list, first: Callable | None = None) -> Iterator:
         """call(batch) of each batch, as they are done. The others get the first batches, this process the last ones:
-        it has to come back to give out more."""
+        it has to come back to give out more. first: what this process does as soon as the others have work."""
         waiting, running = deque(batches), set()
         try:
             while waiting or running:
                 while waiting and len(running) < 2 * self.num_remote:
                     running.add(self.executor.submit(call, waiting.popleft()))
                     self.processes |= set(multiprocessing.active_children())
+                if running and first is not None:
+                    first()
+                    first = None
                 if self.here and waiting:
                     yield call(waiting.pop())
                 done, running = wait(running, 0 if self.here and waiting else None, FIRST_COMPLETED)

@@ -13,22 +13,53 @@ from proteingpt.data.questions import closed_questions, describe
 from proteingpt.data.shards import EncodedSample, encode_sample, file_sha256
 from proteingpt.data.sources import Job, Text, merge_facts
 from proteingpt.data.structure import StructureError, read_entry
-from proteingpt.protein import Facts, Protein, Sample, Turn
+from proteingpt.protein import UNKNOWN_RESIDUE, Facts, Protein, Sample, Turn
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What one file gave: samples, skips, or with several chains both. date: see pieces.Parsed."""
+    """What one file gave: samples, skips, or with several chains both. others, date: see pieces.Parsed."""
 
     file: str
     entry: str
     samples: tuple[Sample, ...] = ()
     skips: tuple[Skip, ...] = ()
     date: str | None = None
+    others: tuple[Skip, ...] = ()
+
+
+# What makes another file of the entry worth a try: it is no fault of the entry.
+FAILED_READING = ("unreadable", "reader failed")
 
 
 def read_outcome(job: Job, filters: Filters) -> Outcome:
-    """Everything one file gives. Never raises for what the file holds: that becomes a skip."""
+    """Everything an entry gives, by the first of its files that can be read. Never raises for what the files hold."""
+    files = ((job.path, job.file), *job.others)
+    outcomes = []
+    for path, file in files:
+        outcomes.append(_read_file(dataclasses.replace(job, path=path, file=file), filters))
+        if not any(skip.reason in FAILED_READING for skip in outcomes[-1].skips):
+            break
+    else:
+        others = [_duplicate(o.file, o.entry, f"{_why(o)}, as {job.file} is") for o in outcomes[1:]]
+        return dataclasses.replace(outcomes[0], others=tuple(others))
+    *damaged, read = outcomes
+    instead = f"the entry is read from {read.file}"
+    others = [Skip(o.file, read.entry, "", "replaced", f"{_why(o)}; {instead}") for o in damaged]
+    others += [_duplicate(file, read.entry, instead) for _, file in files[len(outcomes) :]]
+    return dataclasses.replace(read, others=tuple(others))
+
+
+def _why(outcome: Outcome) -> str:
+    return f"{outcome.skips[0].reason}: {outcome.skips[0].detail}"
+
+
+def _duplicate(file: str, entry: str, detail: str) -> Skip:
+    return Skip(file, entry, "", "duplicate", detail)
+
+
+def _read_file(job: Job, filters: Filters) -> Outcome:
+    """What the job's own file gives; what is wrong with it becomes a skip."""
     try:
         return _read_embedding(job) if job.path.suffix == ".pt" else _read_chains(job, filters)
     except (StructureError, PublishedDataError, OSError) as error:
@@ -66,7 +97,7 @@ def _read_chains(job: Job, filters: Filters) -> Outcome:
             skips.append(Skip(job.file, entry.id, chain, *refusal))
         else:
             samples.append(make_sample(protein, facts, source, job.text))
-    date = job.text.date or (str(facts.year) if facts.year is not None else None)
+    date = job.text.date or entry.released or (str(facts.year) if facts.year is not None else None)
     return Outcome(job.file, entry.id, tuple(samples), tuple(skips), date)
 
 
@@ -104,8 +135,10 @@ def encode_outcome(
     samples = []
     for sample in outcome.samples:
         encoded, protein = encode_sample(sample), sample.protein
-        digest = hashlib.sha256(protein.sequence.encode()).hexdigest()
+        # A sequence of which no letter is known (a published embedding) is nobody's copy, however long it is.
+        known = protein.sequence if set(protein.sequence) != {UNKNOWN_RESIDUE} else sample.key
+        digest = hashlib.sha256(known.encode()).hexdigest()
         numbers = (encoded.num_residues, encoded.num_turns)
         entity = entities.get(protein.chain)
         samples.append((encoded, Stored(encoded.key, protein.chain, entity, digest, *numbers, "", 0, {})))
-    return Parsed(key, outcome.file, outcome.entry, outcome.date, (), outcome.skips), samples
+    return Parsed(key, outcome.file, outcome.entry, outcome.date, (), outcome.skips, outcome.others), samples

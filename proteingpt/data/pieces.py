@@ -39,7 +39,11 @@ class Stored:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Parsed:
-    """What one file gave. key: `job_key` of it; date: ISO day of release, else the year of deposition, else None."""
+    """What one entry gave. key: `job_key` of it; file: what it was read from.
+
+    date: ISO day of release, else the year of deposition, else None. others: the entry's other files, and why they were
+    not taken.
+    """
 
     key: str
     file: str
@@ -47,12 +51,14 @@ class Parsed:
     date: str | None
     samples: tuple[Stored, ...] = ()
     skips: tuple[Skip, ...] = ()
+    others: tuple[Skip, ...] = ()
 
 
 def job_key(job: Job, filters: Filters) -> str:
-    """Changes with the file (name, size, time of its last change), its texts, the options, and the programs."""
-    state = job.path.stat()
-    identity = [job.file, state.st_size, state.st_mtime_ns, dataclasses.asdict(job.text)]
+    """Changes with the files (name, size, time of its last change), its texts, the options, and the programs."""
+    files = [(file, path.stat()) for path, file in ((job.path, job.file), *job.others)]
+    states = [(file, state.st_size, state.st_mtime_ns) for file, state in files]
+    identity = [states, dataclasses.asdict(job.text)]
     content = json.dumps([program_versions(), dataclasses.asdict(filters), identity], sort_keys=True)
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
@@ -110,8 +116,8 @@ def _load_piece(path: Path) -> list[Parsed]:
 
 def _restore(outcome: dict) -> Parsed:
     samples = tuple(Stored(**sample) for sample in outcome["samples"])
-    skips = tuple(Skip(**skip) for skip in outcome["skips"])
-    return Parsed(**{**outcome, "samples": samples, "skips": skips})
+    skips, others = (tuple(Skip(**skip) for skip in outcome[name]) for name in ("skips", "others"))
+    return Parsed(**{**outcome, "samples": samples, "skips": skips, "others": others})
 
 
 def read_stored(work: Path, sample: Stored) -> EncodedSample:
@@ -123,6 +129,46 @@ def read_stored(work: Path, sample: Stored) -> EncodedSample:
 
 
 # --- the directory --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def holding(out: Path) -> Iterator[None]:
+    """Keeps every other build out of `out`, which is made if it is not there, and removed again if it stays empty.
+
+    The lock goes with the process, however that ends. On a file system without locks nothing is kept out.
+    Raises Busy where another build, on this machine or another, holds it.
+    """
+    is_new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / LOCK_NAME
+    try:
+        with open(path, "a+", encoding="utf-8") as file:
+            _lock(file, path)
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+    finally:
+        with contextlib.suppress(OSError):
+            if is_new:
+                out.rmdir()
+
+
+def _lock(file: TextIO, path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The one who had it may have removed the file meanwhile: then this lock is on nothing.
+        busy = not (path.exists() and os.path.sameopenfile(file.fileno(), os.open(path, os.O_RDONLY)))
+    except BlockingIOError:
+        busy = True
+    except OSError:
+        return
+    if busy:
+        file.seek(0)
+        raise Busy(f"another build writes to {path.parent} ({file.read().strip() or 'it has just begun'}): wait for it")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
 
 
 def continues(out: Path, options: dict) -> bool:

@@ -9,6 +9,7 @@ components): so the published sets have 28 to 30 questions a protein.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from proteingpt.data.structure.fact_texts import COMPUTED_METHODS
 from proteingpt.protein import Facts, Protein, Turn
 
 # rcsb_entry_info.experimental_method, by the deposited method. Source: py-rcsb_utils_dictionary,
@@ -27,7 +28,6 @@ METHOD_FAMILIES = {
     "ELECTRON TOMOGRAPHY": "EM",
     "NEUTRON DIFFRACTION": "Neutron",
 }
-COMPUTED_METHODS = frozenset({"THEORETICAL MODEL", "AB INITIO MODEL", "HOMOLOGY MODEL"})
 
 # Deposited methods are in capitals; in a sentence only these words keep any.
 METHOD_SPELLINGS = {"x-ray": "X-ray", "nmr": "NMR", "epr": "EPR"}

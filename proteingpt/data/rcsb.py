@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from proteingpt.data.annotations import (
-    DAY,
     ENTRY_QUERY,
     Annotation,
     AnnotationError,
@@ -43,6 +42,7 @@ from proteingpt.data.rcsb_answers import (
     text_like,
     whole_gzip,
 )
+from proteingpt.data.structure.fact_texts import DAY
 from proteingpt.web import Failure, backoff, read_chunks, send
 
 USER_AGENT = "proteingpt (ProteinGPT data set builder; python-urllib)"
@@ -204,12 +204,23 @@ class Client:
             raise self._missing_now("structures", name, error, self._why_missing(name, error.reason)) from None
         return path
 
+    def without_structure(self, ids: Iterable[str]) -> list[str]:
+        """Those whose structure is not in the cache."""
+        return [name for name in ids if not place(self.cache / "structures", entry_id(name), ".bcif.gz").is_file()]
+
+    def without_annotation(self, ids: Iterable[str]) -> list[str]:
+        """Those whose annotation is not in the cache, nor known to be missing."""
+        known = self.missing("annotations")
+        folder = self.cache / "annotations"
+        return [name for name in ids if name not in known and not place(folder, entry_id(name), ".json").is_file()]
+
     def prefetch(
-        self, ids: Iterable[str], num_threads: int = 8, progress: Callable[[str], None] | None = None
+        self, ids: Iterable[str], num_threads: int = 8, progress: Callable[[str, bool], None] | None = None
     ) -> dict[str, str]:
         """Fetches structures, so many at once. Returns {id: reason} of those that could not be had.
 
-        progress: called with each id when it is done. Raises FetchError when many in a row failed otherwise than by
+        progress: called with each id when it is done, and whether it came.
+        Raises FetchError when many in a row failed otherwise than by
         not being there: then the server is in trouble, and another start goes on from here.
         """
         reasons, in_a_row = {}, 0
@@ -224,16 +235,16 @@ class Client:
                 if in_a_row >= MAX_FAILURES_IN_A_ROW:
                     raise
             if progress is not None:
-                progress(name)
+                progress(name, name not in reasons)
         return reasons
 
     def fetch_annotations(
-        self, ids: Iterable[str], num_threads: int = 2, progress: Callable[[str], None] | None = None
+        self, ids: Iterable[str], num_threads: int = 2, progress: Callable[[str, bool], None] | None = None
     ) -> dict[str, Annotation]:
         """{id: annotation}; an id that is not in it stands with its reason in `missing("annotations")`.
 
         Asks for many entries at once, for fewer where that is too much for the server. progress: called with each id
-        that had to be asked about. Raises FetchError; what came before is in the cache.
+        that had to be asked about, and whether it came. Raises FetchError; what came before is in the cache.
         """
         wanted = dict.fromkeys(map(entry_id, ids))
         annotations = {name: found for name in wanted if (found := self._cached_annotation(name)) is not None}
@@ -242,7 +253,7 @@ class Client:
         for batch, future in _in_parallel(self._fetch_batch, batches, num_threads):
             annotations |= future.result()
             for name in batch if progress is not None else ():
-                progress(name)
+                progress(name, name in annotations)
         return {name: annotations[name] for name in wanted if name in annotations}
 
     def fetch_clusters(self, identity: int = 30) -> dict[str, int]:

@@ -30,7 +30,8 @@ class BuildReport:
     skips.
 
     samples, entries: {split: count}. funnel: [(step, entries left after it)]. leak: how far the split fails to separate
-    (see `build`). skips: everything set aside but duplicates; duplicates: further files of an entry already read.
+    (see `build`). skips: everything set aside but duplicates; duplicates: further files of an entry already read, those
+    among them that it was not read from because they are damaged with the reason `replaced`.
     """
 
     out: str
@@ -49,6 +50,10 @@ class BuildReport:
     @property
     def num_samples(self) -> int:
         return sum(self.samples.values())
+
+    @property
+    def num_replaced(self) -> int:
+        return sum(skip.reason == "replaced" for skip in self.duplicates)
 
     @property
     def skipped_by_reason(self) -> dict[str, int]:
@@ -74,6 +79,7 @@ def write_report(path: Path, report: BuildReport) -> None:
         "num_skipped": len(report.skips),
         "skipped": report.skipped_by_reason,
         "num_duplicates": len(report.duplicates),
+        "num_replaced": report.num_replaced,
     }
     with replacing(path) as file:
         file.write(json.dumps(content, indent=1).encode() + b"\n")
@@ -87,6 +93,8 @@ def format_report(report: BuildReport) -> str:
     ]
     if report.num_continued:
         lines.append(f"  {report.num_continued} of them were read by an earlier start of this build")
+    if report.num_replaced:
+        lines.append(f"  {report.num_replaced} damaged files, replaced by another file of their entry")
     lines += format_funnel(report.funnel)
     lines += [f"  skipped, {reason}: {count}" for reason, count in report.skipped_by_reason.items()]
     lines += [
@@ -126,13 +134,13 @@ def format_leak(leak: Mapping[str, float | int]) -> list[str]:
 
 
 class Progress:
-    """One line on `stream`: a bar, entries done, rate, skips, time left. Rewritten in a terminal, else now and then.
+    """One line on `stream`: a bar, how many are done, rate, skips, time left. Rewritten in a terminal, else repeated.
 
-    num_done: entries that an earlier start has read; they do not count for the rate.
+    num_done: what an earlier start has done; it does not count for the rate. what: that is counted.
     """
 
-    def __init__(self, total: int, stream: TextIO | None, num_done: int = 0):
-        self.total, self.stream, self.done, self.before = total, stream, num_done, num_done
+    def __init__(self, total: int, stream: TextIO | None, num_done: int = 0, what: str = "entries"):
+        self.total, self.stream, self.done, self.before, self.what = total, stream, num_done, num_done, what
         self.num_skips = 0
         self.started = self.shown = time.monotonic()
         self.terminal = stream is not None and stream.isatty()
@@ -154,9 +162,11 @@ class Progress:
         self.shown = time.monotonic()
         rate = (self.done - self.before) / max(self.shown - self.started, 1e-6)
         left = f"{format_seconds((self.total - self.done) / rate)} left" if rate else "unknown time left"
+        if self.done == self.total:
+            left = f"in {format_seconds(self.shown - self.started)}"
         filled = 20 * self.done // max(self.total, 1)
         bar = "#" * filled + "." * (20 - filled)
-        line = f"[{bar}] {self.done}/{self.total} entries, {rate:.1f} entries/s, {self.num_skips} skipped, {left}"
+        line = f"[{bar}] {self.done}/{self.total} {self.what}, {rate:.1f}/s, {self.num_skips} skipped, {left}"
         # Blanks wipe what a longer line left in the terminal.
         print(f"{line:<96}" if self.terminal else line, end=end, file=self.stream, flush=True)
 
@@ -238,48 +248,67 @@ def format_info(info: Info, max_questions: int = 40) -> str:
 
 # --- the picture: bars in plain SVG, since a drawing library would be a dependency for this alone
 
-ROW_HEIGHT, LABEL_WIDTH, BAR_WIDTH, NUMBER_WIDTH = 20, 520, 320, 90
+ROW_HEIGHT, WIDTH, MARGIN = 20, 1100, 20
+MAX_LABEL = 115  # letters of a question that fit beside its bar
+BAR = 'fill="#4c78a8"'
 
 
 def draw_info(info: Info, max_questions: int = 40) -> str:
-    """An SVG of the funnel, the chain lengths and the question counts, one under the other."""
-    panels = [
-        ("Entries left after each step", info.funnel),
-        ("Residues per chain", count_lengths(info.lengths)),
-        ("How often each question is asked", list(info.questions.items())[:max_questions]),
-    ]
-    parts, top = [], 40
-    for title, rows in panels:
-        if rows:
-            parts.append(_draw_bars(title, rows, top))
-            top += (len(rows) + 3) * ROW_HEIGHT
-    width = LABEL_WIDTH + BAR_WIDTH + NUMBER_WIDTH
-    totals = ", ".join(f"{split}: {found['num_samples']:,} samples" for split, found in info.totals.items())
+    """An SVG: funnel and chain lengths side by side, the question counts below."""
+    questions = list(info.questions.items())[:max_questions]
+    lengths = count_lengths(info.lengths)
+    left = _draw_bars("Entries left after each step", info.funnel, MARGIN, 200, 220)
+    right = _draw_bars("Residues per chain", lengths, WIDTH // 2 + MARGIN, 100, 340)
+    below = 60 + (max(len(info.funnel), len(lengths)) + 3) * ROW_HEIGHT
+    rows = len(questions) + 3 if questions else 0
+    height = below + rows * ROW_HEIGHT
+    totals = ", ".join(f"{split} {found['num_samples']:,} samples" for split, found in info.totals.items())
     return "\n".join(
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{top}" viewBox="0 0 {width} {top}" '
-            'font-family="sans-serif" font-size="13">',
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" '
+            f'viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" font-size="13">',
             '<rect width="100%" height="100%" fill="white"/>',
-            _draw_text(10, 24, f"{Path(info.directory).name}   {totals}", 'font-weight="bold" font-size="15"'),
-            *parts,
+            _draw_text(MARGIN, 30, f"{Path(info.directory).name}: {totals}", 'font-weight="bold" font-size="16"'),
+            *_draw_at(60, left + right),
+            *_draw_at(below, _draw_questions(questions)),
             "</svg>\n",
         ]
     )
 
 
-def _draw_bars(title: str, rows: list[tuple[str, int]], top: int) -> str:
-    most = max(count for _, count in rows) or 1
-    parts = [_draw_text(10, top + ROW_HEIGHT, title, 'font-weight="bold"')]
-    for number, (name, count) in enumerate(rows, 2):
-        y = top + number * ROW_HEIGHT
-        label = name if len(name) <= 78 else name[:75] + "..."
-        length = BAR_WIDTH * count / most
+def _draw_at(top: int, parts: list[str]) -> list[str]:
+    return [f'<g transform="translate(0 {top})">', *parts, "</g>"]
+
+
+def _draw_bars(title: str, rows: list[tuple[str, int]], x: int, label_width: int, bar_width: int) -> list[str]:
+    """Label, bar and number of each row."""
+    most = max((count for _, count in rows), default=0) or 1
+    parts = [_draw_text(x, ROW_HEIGHT, title, 'font-weight="bold"')] if rows else []
+    bars = x + label_width
+    for y, (name, count) in enumerate(rows, 2):
+        y, length = y * ROW_HEIGHT, bar_width * count / most
         parts += [
-            _draw_text(LABEL_WIDTH - 8, y, label, 'text-anchor="end"'),
-            f'<rect x="{LABEL_WIDTH}" y="{y - 12}" width="{length:.1f}" height="15" fill="#4c78a8"/>',
-            _draw_text(round(LABEL_WIDTH + length + 6), y, f"{count:,}", 'fill="#444"'),
+            _draw_text(bars - 8, y, name, 'text-anchor="end"'),
+            f'<rect x="{bars}" y="{y - 12}" width="{length:.1f}" height="15" {BAR}/>',
+            _draw_text(round(bars + length + 6), y, f"{count:,}", 'fill="#444"'),
         ]
-    return "\n".join(parts)
+    return parts
+
+
+def _draw_questions(rows: list[tuple[str, int]]) -> list[str]:
+    """Number, bar and question of each row: the text comes last, since it may be long and fonts differ in width."""
+    most = max((count for _, count in rows), default=0) or 1
+    parts = [_draw_text(MARGIN, ROW_HEIGHT, "How often each question is asked", 'font-weight="bold"')] if rows else []
+    bars, texts, width = MARGIN + 80, MARGIN + 220, 130
+    for y, (name, count) in enumerate(rows, 2):
+        y = y * ROW_HEIGHT
+        label = name if len(name) <= MAX_LABEL else name[: MAX_LABEL - 3] + "..."
+        parts += [
+            _draw_text(bars - 8, y, f"{count:,}", 'text-anchor="end" fill="#444"'),
+            f'<rect x="{bars}" y="{y - 12}" width="{width * count / most:.1f}" height="15" {BAR}/>',
+            _draw_text(texts, y, label, ""),
+        ]
+    return parts
 
 
 def _draw_text(x: int, y: int, text: str, style: str) -> str:

@@ -7,24 +7,23 @@ format states some counts otherwise; the file fills in what RCSB does not say.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TextIO
 
 from proteingpt.data.annotations import Annotation, entry_id, read_annotations
 from proteingpt.data.filters import Skip
 from proteingpt.data.open_questions import read_generated
 from proteingpt.data.published import embedding_files, read_split, read_texts
 from proteingpt.data.rcsb import Addresses, Client, FetchError, NotFound
+from proteingpt.data.report import Progress
 from proteingpt.data.structure import find_structures
 from proteingpt.protein import Facts, Turn
 
 # Of several files of one entry the first kind is taken: BinaryCIF reads fastest, and entity counts are to be had from
 # mmCIF rather than from the PDB format.
 FORMAT_RANKS = {".bcif": 0, ".cif": 1, ".mmcif": 1, ".pdbx": 1, ".pdb": 2, ".ent": 2}
-
-Say = Callable[[str], None]
-
 
 class SourceError(ValueError):
     """A source that is not there, or cannot be used."""
@@ -46,12 +45,16 @@ class Text:
 
 @dataclass(frozen=True)
 class Job:
-    """One file to parse. file: its name in reports, relative to its folder; name: the entry, by the file's name."""
+    """One file to parse. file: its name in reports, relative to its folder; name: the entry, by the file's name.
+
+    others: further files of the entry, (path, name in reports), for lack of this one.
+    """
 
     path: Path
     file: str
     name: str
     text: Text = Text()
+    others: tuple[tuple[Path, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,10 @@ class Sources:
 
 @dataclass
 class Gathered:
-    """jobs: sorted by entry. skips: entries that fell before anything was read. sides: {entry: split} if published."""
+    """jobs: sorted by entry. skips: entries that fell before anything was read, duplicates: further files of them.
+
+    sides: {entry: split} if published.
+    """
 
     jobs: list[Job]
     duplicates: list[Skip]
@@ -85,30 +91,35 @@ class Gathered:
     client: Client | None
 
 
-def gather(sources: Sources, require_abstract: bool, say: Say) -> Gathered:
-    """Finds or fetches every file and text. Raises SourceError, FetchError or PublishedDataError."""
+def gather(sources: Sources, require_abstract: bool, stream: TextIO | None = None) -> Gathered:
+    """Finds or fetches every file and text; progress goes to `stream`.
+
+    Raises SourceError, FetchError or PublishedDataError.
+    """
+    sides = None if sources.dataset is None else read_split(sources.dataset)
     files = [(path, _relative(path, root)) for root in _folders(sources) for path in find_structures(root)]
     ids = _wanted_ids(sources, client := _client(sources))
-    texts = _texts(sources, client, ids, say)
+    texts = _texts(sources, client, ids, stream)
     skips: list[Skip] = []
     if ids:
         here = {entry_name(path)[0] for path, _ in files}
         wanted = [name for name in ids if name not in here]
         if require_abstract:
             # Before the download: most of what the archive has no abstract for need not be fetched.
-            skips += [_no_abstract("", name) for name in wanted if not texts.get(name, Text()).description]
+            unknown = client.missing("annotations")
+            without = [name for name in wanted if not texts.get(name, Text()).description]
+            skips += [_no_abstract("", name, unknown.get(name)) for name in without]
             wanted = [name for name in wanted if texts.get(name, Text()).description]
-        files += _fetch(client, wanted, skips, say)
-    files += _fetch_models(client, sources.alphafold, skips, say)
+        files += _fetch(client, wanted, skips, stream)
+    files += _fetch_models(client, sources.alphafold, skips, stream)
     num_files = len(files)
-    chosen, duplicates = choose_files(files)
-    jobs = [Job(path, file, name, texts.get(name, Text())) for name, (path, file) in chosen.items()]
+    ranked = rank_files(files)
+    jobs = [Job(*found[0], name, texts.get(name, Text()), tuple(found[1:])) for name, found in ranked.items()]
     if sources.embeddings is not None:
         found = embedding_files(sources.embeddings)
         num_files += len(found)
-        jobs += [Job(p, p.name, name, texts.get(name, Text())) for name, p in found.items() if name not in chosen]
-    sides = None if sources.dataset is None else read_split(sources.dataset)
-    kept = []
+        jobs += [Job(p, p.name, name, texts.get(name, Text())) for name, p in found.items() if name not in ranked]
+    kept, duplicates = [], []
     for job in sorted(jobs, key=lambda job: job.name):
         if require_abstract and not job.text.description:
             skips.append(_no_abstract(job.file, job.name))
@@ -116,10 +127,16 @@ def gather(sources: Sources, require_abstract: bool, say: Say) -> Gathered:
             skips.append(Skip(job.file, job.name, "", "not in the split", f"{sources.dataset.name} does not list it"))
         else:
             kept.append(job)
+            continue
+        detail = f"as {job.file}, which was not read"
+        duplicates += [Skip(file, job.name, "", "duplicate", detail) for _, file in job.others]
     return Gathered(kept, duplicates, skips, num_files, sides, client)
 
 
-def _no_abstract(file: str, name: str) -> Skip:
+def _no_abstract(file: str, name: str, not_fetched: str | None = None) -> Skip:
+    """not_fetched: why it is not known whether there is one."""
+    if not_fetched is not None:
+        return Skip(file, name, "", "not fetched", not_fetched)
     return Skip(file, name, "", "no abstract", "no abstract of its primary citation was given")
 
 
@@ -147,18 +164,13 @@ def entry_name(path: Path) -> tuple[str, int]:
     return stem, FORMAT_RANKS.get(f".{extension}", max(FORMAT_RANKS.values()))
 
 
-def choose_files(files: Iterable[tuple[Path, str]]) -> tuple[dict[str, tuple[Path, str]], list[Skip]]:
-    """{entry: (path, name in reports)}: BinaryCIF before mmCIF before PDB, then by name. The rest as skips."""
-    candidates: dict[str, list[tuple[int, str, Path]]] = {}
+def rank_files(files: Iterable[tuple[Path, str]]) -> dict[str, list[tuple[Path, str]]]:
+    """{entry: its files as (path, name in reports)}: BinaryCIF before mmCIF before PDB, then by name."""
+    found: dict[str, list[tuple[int, str, Path]]] = {}
     for path, file in files:
         name, rank = entry_name(path)
-        candidates.setdefault(name, []).append((rank, file, path))
-    chosen, duplicates = {}, []
-    for name in sorted(candidates):
-        (_, taken, path), *others = sorted(candidates[name])
-        chosen[name] = (path, taken)
-        duplicates += [Skip(file, name, "", "duplicate", f"the entry is read from {taken}") for _, file, _ in others]
-    return chosen, duplicates
+        found.setdefault(name, []).append((rank, file, path))
+    return {name: [(path, file) for _, file, path in sorted(found[name])] for name in sorted(found)}
 
 
 def _relative(path: Path, root: Path) -> str:
@@ -199,21 +211,26 @@ def _wanted_ids(sources: Sources, client: Client | None) -> list[str]:
     return sorted(set(ids))
 
 
-def _fetch(client: Client, ids: list[str], skips: list[Skip], say: Say) -> list[tuple[Path, str]]:
-    counted = _counted(say, "structures fetched", len(ids))
-    reasons = client.prefetch(ids, progress=counted)
+def _fetch(client: Client, ids: list[str], skips: list[Skip], stream: TextIO | None) -> list[tuple[Path, str]]:
+    unfetched = client.without_structure(ids)
+    meter = Progress(len(ids), stream, len(ids) - len(unfetched), "structures")
+    reasons = client.prefetch(unfetched, progress=lambda _, came: meter.advance(1, not came))
+    meter.finish()
     skips += [Skip("", name, "", "not fetched", reason) for name, reason in sorted(reasons.items())]
     paths = (client.fetch_structure(name) for name in ids if name not in reasons)
     return [(path, path.name) for path in paths]
 
 
-def _fetch_models(client: Client | None, wanted: str | None, skips: list[Skip], say: Say) -> list[tuple[Path, str]]:
+def _fetch_models(
+    client: Client | None, wanted: str | None, skips: list[Skip], stream: TextIO | None
+) -> list[tuple[Path, str]]:
     """AlphaFold DB models by accession: listed, or in a file."""
     if wanted is None or Path(wanted).is_dir():
         return []
     text = Path(wanted).read_text() if Path(wanted).is_file() else wanted
-    files = []
-    for accession in sorted({word.upper() for word in re.split(r"[\s,]+", text) if word}):
+    accessions = sorted({word.upper() for word in re.split(r"[\s,]+", text) if word})
+    meter, files = Progress(len(accessions), stream, what="AlphaFold DB models"), []
+    for number, accession in enumerate(accessions, 1):
         try:
             path = client.fetch_alphafold(accession)
             files.append((path, path.name))
@@ -223,37 +240,23 @@ def _fetch_models(client: Client | None, wanted: str | None, skips: list[Skip], 
             raise
         except ValueError as error:
             raise SourceError(f"--alphafold: {error}, or a directory of models") from None
-    say(f"{len(files)} AlphaFold DB models")
+        meter.advance(1, number - len(files) - meter.num_skips)
+    meter.finish()
     return files
-
-
-def _counted(say: Say, what: str, total: int) -> Callable[[str], None]:
-    """Says every thousandth that it was done."""
-    done = 0
-
-    def count(_: str) -> None:
-        nonlocal done
-        done += 1
-        if done % 1000 == 0 or done == total:
-            say(f"{done}/{total} {what}")
-
-    return count
 
 
 # --- texts ----------------------------------------------------------------------------------------------------------
 
 
-def _texts(sources: Sources, client: Client | None, ids: list[str], say: Say) -> dict[str, Text]:
+def _texts(sources: Sources, client: Client | None, ids: list[str], stream: TextIO | None) -> dict[str, Text]:
     """{entry: what is known of it}; an abstract or question that was given by file comes before RCSB's."""
     annotations: dict[str, Annotation] = {}
     if sources.facts is not None:
         broken: dict[str, str] = {}
         annotations |= read_annotations(sources.facts, broken)
-        for path, reason in list(broken.items())[:5]:
-            say(f"annotation left out: {path}: {reason}")
+        _say_missing(broken, stream)
     if ids:
-        unknown = [name for name in ids if name not in annotations]
-        annotations |= client.fetch_annotations(unknown, progress=_counted(say, "annotations fetched", len(unknown)))
+        annotations |= _fetch_annotations(client, [name for name in ids if name not in annotations], stream)
     texts = {
         name: Text(found.abstract, (), found.facts, found.release_date, found.polymer_entities)
         for name, found in annotations.items()
@@ -265,6 +268,27 @@ def _texts(sources: Sources, client: Client | None, ids: list[str], say: Say) ->
             text = texts.get(name, Text())
             texts[name] = replace(text, turns=text.turns + turns)
     return texts
+
+
+def _fetch_annotations(client: Client, ids: list[str], stream: TextIO | None) -> dict[str, Annotation]:
+    unfetched = client.without_annotation(ids)
+    meter = Progress(len(ids), stream, len(ids) - len(unfetched), "annotations")
+    found = client.fetch_annotations(ids, progress=lambda _, came: meter.advance(1, not came))
+    meter.finish()
+    reasons = client.missing("annotations")
+    _say_missing({name: reasons[name] for name in ids if name in reasons}, stream)
+    return found
+
+
+def _say_missing(reasons: Mapping[str, str], stream: TextIO | None, max_lines: int = 5) -> None:
+    """Names the first few of what had to be left out, and how many there are."""
+    if stream is None or not reasons:
+        return
+    print(f"{len(reasons)} annotations could not be had; of these entries only their files speak:", file=stream)
+    for name, reason in list(reasons.items())[:max_lines]:
+        print(f"  {name}: {reason}", file=stream)
+    if len(reasons) > max_lines:
+        print(f"  and {len(reasons) - max_lines} more", file=stream)
 
 
 def _read_abstracts(source: Path | None) -> dict[str, str]:

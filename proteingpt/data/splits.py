@@ -9,16 +9,20 @@ import math
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 
 from proteingpt.data.annotations import parse_clusters
 
 SPLITS = ("paper", "date", "cluster", "published")
-# As RCSB clusters its sequences at 30 %: connected components, so that no member of one cluster is that near to one of
-# another, as far as MMseqs2 finds it.
-MMSEQS_OPTIONS = ("--min-seq-id", "0.3", "-c", "0.9", "-s", "8", "--max-seqs", "1000", "--cluster-mode", "1")
+# Every sequence is searched for among all, and what is found is linked: at least 30 % identity in an alignment that
+# chance would give once in a thousand searches. `mmseqs easy-cluster` as RCSB runs it wants 90 % of both sequences in
+# the alignment, and so parts a domain from the protein that contains it, however alike they are.
+MMSEQS_OPTIONS = ("--min-seq-id", "0.3", "-e", "0.001", "-s", "7.5", "--max-seqs", "1000")
+MMSEQS_COLUMNS = ("query", "target", "qcov", "tcov")
+# Of the shorter of two sequences at least so much must lie in the alignment.
+MIN_COVERAGE = 0.5
 
 
 class SplitError(ValueError):
@@ -78,7 +82,17 @@ def draw_test_clusters(clusters: Mapping[str, Collection[Hashable]], fraction: f
 
 def _linked(clusters: Mapping[str, Collection[Hashable]]) -> list[list[str]]:
     """Groups of entries, each sorted, that are connected by common clusters."""
-    parent = {name: name for name in clusters}
+    first_of: dict[Hashable, str] = {}
+    pairs = ((name, first_of.setdefault(cluster, name)) for name, own in clusters.items() for cluster in own)
+    groups: dict[str, list[str]] = {}
+    for name, group in connect(sorted(clusters), pairs).items():
+        groups.setdefault(group, []).append(name)
+    return list(groups.values())
+
+
+def connect(names: Iterable[str], pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """{name: its group, called by one of its members}: groups of names that pairs link, directly or over others."""
+    parent = {name: name for name in names}
 
     def root(name: str) -> str:
         while parent[name] != name:
@@ -86,14 +100,9 @@ def _linked(clusters: Mapping[str, Collection[Hashable]]) -> list[list[str]]:
             name = parent[name]
         return name
 
-    first_of: dict[Hashable, str] = {}
-    for name, own in clusters.items():
-        for cluster in own:
-            parent[root(name)] = root(first_of.setdefault(cluster, name))
-    groups: dict[str, list[str]] = {}
-    for name in sorted(clusters):
-        groups.setdefault(root(name), []).append(name)
-    return list(groups.values())
+    for one, other in pairs:
+        parent[root(one)] = root(other)
+    return {name: root(name) for name in parent}
 
 
 # --- where clusters come from
@@ -122,30 +131,40 @@ def clusters_by_entry(clusters: Mapping[str, int]) -> dict[str, set[int]]:
     return found
 
 
-def cluster_by_mmseqs(sequences: Mapping[str, str], program: str = "mmseqs") -> dict[str, str]:
-    """{name: cluster} for {name: sequence}, at 30 % identity, by the MMseqs2 on PATH.
-
-    Raises SplitError where it is not installed or fails.
-    """
+def require_mmseqs(program: str = "mmseqs") -> None:
+    """Raises SplitError where it is not installed, with what to do."""
     if shutil.which(program) is None:
         raise SplitError(
             "split cluster wants clusters: give --clusters FILE (RCSB's clusters-by-entity-30.txt), "
-            "or install MMseqs2 (mmseqs on PATH)"
+            "or install MMseqs2 (mmseqs on PATH; Debian's package mmseqs2)"
         )
+
+
+def cluster_by_mmseqs(sequences: Mapping[str, str], program: str = "mmseqs") -> dict[str, str]:
+    """{name: cluster} for {name: sequence}, by the MMseqs2 on PATH: no two clusters hold sequences of 30 % identity.
+
+    That is over at least MIN_COVERAGE of the shorter one, and as far as MMseqs2 finds it: its search needs k-mers, so
+    that a peptide of less than some 15 residues may be alone. Raises SplitError where it is not installed or fails.
+    """
+    require_mmseqs(program)
     with tempfile.TemporaryDirectory() as scratch:
-        fasta, prefix = Path(scratch, "in.fasta"), Path(scratch, "out")
+        fasta, found = Path(scratch, "in.fasta"), Path(scratch, "found.tsv")
         fasta.write_text("".join(f">{name}\n{sequence}\n" for name, sequence in sequences.items()))
-        command = [program, "easy-cluster", str(fasta), str(prefix), str(Path(scratch, "tmp")), *MMSEQS_OPTIONS]
-        done = subprocess.run(command, capture_output=True, text=True)
+        command = [program, "easy-search", fasta, fasta, found, Path(scratch, "tmp"), *MMSEQS_OPTIONS]
+        command += ["--format-output", ",".join(MMSEQS_COLUMNS)]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
         if done.returncode != 0:
-            raise SplitError(f"mmseqs easy-cluster ended with {done.returncode}: {(done.stderr or done.stdout)[-500:]}")
-        return read_mmseqs(Path(f"{prefix}_cluster.tsv"))
+            raise SplitError(f"mmseqs easy-search ended with {done.returncode}: {(done.stderr or done.stdout)[-500:]}")
+        with open(found) as lines:
+            return connect(sequences, read_mmseqs(lines))
 
 
-def read_mmseqs(path: Path) -> dict[str, str]:
-    """{member: representative} of MMseqs2's `_cluster.tsv`: representative, tab, member on each line."""
-    pairs = (line.split("\t") for line in path.read_text().splitlines())
-    return {member: representative for representative, member in pairs}
+def read_mmseqs(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Pairs that cover MIN_COVERAGE of the shorter sequence, of a table of MMSEQS_COLUMNS."""
+    for line in lines:
+        query, target, of_query, of_target = line.rstrip("\n").split("\t")
+        if max(float(of_query), float(of_target)) >= MIN_COVERAGE:
+            yield query, target
 
 
 # --- how well a split separates

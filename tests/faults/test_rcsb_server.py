@@ -216,9 +216,9 @@ def test_prefetch_fetches_all_it_can_and_gives_the_reasons_for_the_rest(server, 
         server.files[name] = STRUCTURE
     server.fail("/3abc.bcif.gz", *[status(500)] * 4)
     done = []
-    reasons = make().prefetch(ids, num_threads=3, progress=done.append)
+    reasons = make().prefetch(ids, num_threads=3, progress=lambda name, came: done.append((name, came)))
     assert set(reasons) == {"3abc", "8abc", "9abc"} and "HTTP 500" in reasons["3abc"]
-    assert sorted(done) == ids
+    assert sorted(done) == [(name, name not in reasons) for name in ids]
     assert server.max_under_way <= 3
 
     assert set(make().prefetch(ids, num_threads=3)) == {"8abc", "9abc"}

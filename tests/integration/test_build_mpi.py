@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -79,12 +80,14 @@ def test_ranks_give_the_shards_of_one_process_and_one_report(structures, whole, 
     assert content(tmp_path / "out") == whole
 
 
-def test_a_rank_that_dies_ends_the_build_and_the_next_start_names_it_and_goes_on(structures, whole, tmp_path):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_killed_ends_the_build_and_the_next_start_names_it(structures, whole, tmp_path, rank):
+    """By SIGKILL, while it reads. The launcher says that a process was killed, the next start which and over what."""
     out = tmp_path / "out"
     process = start(structures, out)
     try:
         deadline = time.monotonic() + 60
-        while not (notes := [n for n in out.glob(".build/reading-rank-1-*") if n.read_text()]):
+        while not (notes := [n for n in out.glob(f".build/reading-rank-{rank}-*") if n.read_text()]):
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.002)
         os.kill(int(notes[0].name.rpartition("-")[2]), signal.SIGKILL)
@@ -94,10 +97,12 @@ def test_a_rank_that_dies_ends_the_build_and_the_next_start_names_it_and_goes_on
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     assert process.returncode != 0 and not (out / "manifest.json").exists()
+    assert "signal 9" in said.lower() or "KILLED" in said, said
     again = start(structures, out)
     said, _ = again.communicate(timeout=120)
     assert again.returncode == 0, said
-    assert "that build ended while rank-1-" in said and content(out) == whole
+    named = re.search(rf"that build ended while rank-{rank}-\S+ was reading (\S+):", said)
+    assert named and (structures / named[1]).is_file() and content(out) == whole
 
 
 def test_a_wrong_option_ends_every_rank_with_the_message(structures, tmp_path):

@@ -1,7 +1,7 @@
 """Our answers from structure files against the published ProteinChat answers, for entries that are in both.
 
 Only files of PDB format are in both as ../shared/data is; mmCIF or BinaryCIF files put there are compared as well.
-Run with -s for the table of agreement.
+docs/published_answers.md holds the table of agreement; run with -s to print it.
 """
 
 import json
@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from proteingpt.data.published import read_embedding
 from proteingpt.data.questions import PUBLISHED, published_questions
 from proteingpt.data.structure import find_structures, read_entry
 from proteingpt.data.structure.composition import nucleic_acid_type, polymer_type
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+REPOSITORY = Path(__file__).resolve().parents[2]
+DATA = REPOSITORY.parent / "shared" / "data"
 if not (DATA / "proteinchat" / "qa.json").is_file() or not (DATA / "pdb").is_dir():
     pytest.skip(f"no real data: {DATA} is absent", allow_module_level=True)
 
@@ -84,21 +86,40 @@ def test_every_disagreement_is_known_and_explained():
     assert not [row for row in compared() if normalised(row[2]) != normalised(row[3])]
 
 
-def test_agreement_per_question():
-    """The table: published answers of entries whose files we have, those we answer, those that agree to the letter."""
+def agreement() -> list[tuple[str, int, int, int]]:
+    """(question, published answers of entries whose files we have, those we answer, those equal to the letter)."""
     there, answered, equal = Counter(), Counter(), Counter()
     for path in ours():
         there.update(published()[path.name.split(".")[0]].keys())
     for _, question, a, b in compared():
         answered[question] += 1
         equal[question] += a == b
-    for closed in PUBLISHED:
-        q = closed.question
-        print(f"{there[q]:3} published {answered[q]:3} answered {equal[q]:3} equal  {q}")
-    print(f"{there.total():3} published {answered.total():3} answered {equal.total():3} equal  in all")
-    assert len(ours()) >= 4 and answered.total() >= 70
-    assert equal.total() == answered.total() - len(DISAGREEMENTS)
-    assert all(equal[q] == answered[q] for q in answered if q != TERMS)
+    rows = [(closed.question, *(count[closed.question] for count in (there, answered, equal))) for closed in PUBLISHED]
+    return rows + [("in all", there.total(), answered.total(), equal.total())]
+
+
+def test_agreement_per_question_is_as_the_documentation_has_it():
+    """Only where the data are those it was written about: more files may give more rows, none may disagree."""
+    *questions, (_, _, num_answered, num_equal) = agreement()
+    for question, num_there, answered, equal in [*questions, agreement()[-1]]:
+        print(f"{num_there:3} published {answered:3} answered {equal:3} equal  {question}")
+    assert len(ours()) >= 4 and num_answered >= 70 and num_equal == num_answered - len(DISAGREEMENTS)
+    assert all(equal == answered for question, _, answered, equal in questions if question != TERMS)
+    if len(ours()) == 4:
+        lines = (REPOSITORY / "docs" / "published_answers.md").read_text().splitlines()
+        table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+        assert table[1:] == [[str(cell) for cell in row] for row in agreement()]
+
+
+def test_published_embeddings_have_the_observed_residues_of_the_same_files():
+    """Of entries with a file and an embedding: chain A without its unresolved residues, and two rows more."""
+    sizes = {}
+    for path in find_structures(DATA / "pdb"):
+        embedding = DATA / "proteinchat" / "pt" / f"{path.name.split('.')[0]}.pt"
+        if embedding.is_file():
+            protein = read_entry(path).protein("A")
+            sizes[path.name] = (int(protein.resolved.sum()), len(read_embedding(embedding)) - 2)
+    assert len(sizes) >= 2 and all(ours == theirs for ours, theirs in sizes.values()), sizes
 
 
 def test_nothing_is_answered_that_was_not_asked_and_nothing_left_out_but_what_the_format_lacks():

@@ -20,7 +20,7 @@ from proteingpt.data.structure.atoms import (
     take,
     unique,
 )
-from proteingpt.data.structure.cif_facts import cif_facts
+from proteingpt.data.structure.cif_facts import cif_facts, release_day
 from proteingpt.data.structure.entry import Entry
 from proteingpt.data.structure.files import decode, stem
 from proteingpt.data.structure.residues import LETTER_COMPONENTS, is_amino_acid, is_nucleotide, is_peptide
@@ -47,6 +47,7 @@ def _entry(tables: Tables, path: Path) -> Entry:
         polymers=polymers,
         parents=_parents(tables),
         plddt_scale=plddt_scale,
+        released=release_day(tables),
     )
 
 

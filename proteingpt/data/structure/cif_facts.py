@@ -12,6 +12,7 @@ import numpy as np
 from proteingpt.data.structure.atoms import unique
 from proteingpt.data.structure.composition import composition, count_kinds, nucleic_acid_type, polymer_type
 from proteingpt.data.structure.fact_texts import (
+    DAY,
     HYDROGENS,
     WATERS,
     first_resolution,
@@ -109,6 +110,12 @@ def _year(tables: Tables) -> int | None:
     dates = tables.values("pdbx_database_status", "recvd_initial_deposition_date")
     dates += tables.values("database_PDB_rev", "date_original")
     return next((int(date[:4]) for date in dates if re.match(r"\d{4}-", date)), None)
+
+
+def release_day(tables: Tables) -> str | None:
+    """ISO day of the first release: of the first revision, in either of the categories that have listed them."""
+    dates = tables.values("pdbx_audit_revision_history", "revision_date") + tables.values("database_PDB_rev", "date")
+    return min((date[:10] for date in dates if DAY.match(date)), default=None)
 
 
 def _publication_year(tables: Tables) -> int | None:

@@ -16,6 +16,7 @@ class Entry:
 
     id: lower case, from the file, or the stem of the file's name where it does not say.
     chains: author ids of the polypeptide chains, in file order. A blank chain id of PDB format is `_`.
+    released: ISO day of the first release, where the file says it.
     """
 
     id: str
@@ -25,6 +26,7 @@ class Entry:
     polymers: tuple[Polymer, ...] = field(repr=False)
     parents: dict[str, frozenset[str]] = field(repr=False)
     plddt_scale: float | None = None
+    released: str | None = None
 
     def protein(self, chain: str = "A") -> Protein:
         """The chain of that author id, or of that mmCIF `label_asym_id` if asked for as `label:B`.

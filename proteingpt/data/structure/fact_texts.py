@@ -1,13 +1,15 @@
 """How facts are read from text, the same in every format."""
 
+import re
 from collections.abc import Iterable
 
 from proteingpt.data.structure.atoms import unique
 
 # By computation, as exptl.method and EXPDTA name it.
-_COMPUTED = frozenset({"THEORETICAL MODEL", "AB INITIO MODEL", "HOMOLOGY MODEL"})
+COMPUTED_METHODS = frozenset({"THEORETICAL MODEL", "AB INITIO MODEL", "HOMOLOGY MODEL"})
 WATERS = ("HOH", "DOD")
 HYDROGENS = ("H", "D", "T")
+DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
 
 
 def split_keywords(text: str | None, classification: str | None) -> tuple[str, ...] | None:
@@ -38,6 +40,6 @@ def positive_numbers(texts: Iterable[str]) -> list[float]:
 def methodology_of(methods: Iterable[str], is_predicted: bool) -> str | None:
     """`experimental` where any experiment is named, `computational` where only computation is, or a pLDDT is there."""
     methods = [method.upper() for method in methods]
-    if any(method not in _COMPUTED for method in methods):
+    if any(method not in COMPUTED_METHODS for method in methods):
         return "experimental"
     return "computational" if methods or is_predicted else None

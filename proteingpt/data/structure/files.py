@@ -4,6 +4,7 @@ import gzip
 import re
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 from proteingpt.data.structure.atoms import StructureError
 
@@ -14,6 +15,7 @@ STRUCTURE_SUFFIXES = tuple(
 # Beyond any entry of the archive (the largest have a few million atoms and half a GB of text): refused before a
 # damaged or hostile length fills the memory.
 MAX_FILE_BYTES = 2 << 30
+BLOCK_BYTES = 1 << 20
 
 
 def find_structures(directory: str | Path) -> list[Path]:
@@ -29,16 +31,25 @@ def read_bytes(path: Path) -> bytes:
         with open(path, "rb") as file:
             packed = file.read(2) == b"\x1f\x8b"
             file.seek(0)
-            data = (gzip.GzipFile(fileobj=file) if packed else file).read(MAX_FILE_BYTES + 1)
+            data = _read_blocks(gzip.GzipFile(fileobj=file) if packed else file)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise StructureError(f"damaged or truncated gzip: {error}; fetch the file again") from error
     except OSError as error:
         raise StructureError(f"cannot be opened: {error.strerror or error}") from error
-    if len(data) > MAX_FILE_BYTES:
-        raise StructureError(f"more than {MAX_FILE_BYTES} bytes unpacked; no structure is that large")
     if not data.strip():
-        raise StructureError("the file is empty")
+        raise StructureError("the file is empty; fetch it again")
     return data
+
+
+def _read_blocks(file: BinaryIO) -> bytes:
+    """All of it. By blocks, since one read of so many bytes would reserve the memory for the largest file allowed."""
+    blocks, num_bytes = [], 0
+    while block := file.read(BLOCK_BYTES):
+        num_bytes += len(block)
+        if num_bytes > MAX_FILE_BYTES:
+            raise StructureError(f"more than {MAX_FILE_BYTES} bytes unpacked; no structure is that large: set it aside")
+        blocks.append(block)
+    return b"".join(blocks)
 
 
 _PDB_RECORD = re.compile(
@@ -53,13 +64,13 @@ def kind_of(data: bytes, path: Path) -> str:
         return "bcif"
     if b"\0" in data:
         if ".bcif" in path.suffixes:
-            raise StructureError("binary, but not a whole BinaryCIF: it does not begin with a map that has dataBlocks")
-        raise StructureError("binary content that is neither gzip nor BinaryCIF")
+            raise StructureError("binary, but not a whole BinaryCIF: it has no dataBlocks; fetch the file again")
+        raise StructureError("binary content that is neither gzip nor BinaryCIF; wanted a structure")
     if re.match(rb"(?:\xef\xbb\xbf)?(?:\s|#[^\n]*\n)*data_", data, re.IGNORECASE):
         return "mmcif"
     if _PDB_RECORD.search(data):
         return "pdb"
-    raise StructureError("neither mmCIF (no data_ block), BinaryCIF, nor PDB format (no record of it)")
+    raise StructureError("neither mmCIF (no data_ block), BinaryCIF, nor PDB format (no record of it); wanted one of them")
 
 
 def decode(data: bytes) -> str:

@@ -21,7 +21,7 @@ from proteingpt.data.structure.atoms import (
 )
 from proteingpt.data.structure.entry import Entry
 from proteingpt.data.structure.files import decode, stem
-from proteingpt.data.structure.pdb_facts import pdb_facts
+from proteingpt.data.structure.pdb_facts import pdb_facts, release_day
 from proteingpt.data.structure.pdb_records import (
     BLANK_CHAIN,
     complies,
@@ -40,7 +40,7 @@ def read_pdb(data: bytes, path: Path) -> Entry:
     records = records_of(lines)
     remarks = remarks_of(records)
     if complies(remarks) and "END" not in records:
-        raise StructureError("truncated: REMARK 4 says it complies with the PDB format, and the END record is missing")
+        raise StructureError("truncated: REMARK 4 says it complies with the PDB format, and the END record is missing; fetch the file again")
     table = _pdb_atoms(_first_model(lines))
     seqres, missing = seqres_of(records), missing_residues(remarks)
     polymers = _polymers(table, seqres, missing)
@@ -53,6 +53,7 @@ def read_pdb(data: bytes, path: Path) -> Entry:
         polymers=polymers,
         parents=_parents(records.get("MODRES", [])),
         plddt_scale=plddt_scale,
+        released=release_day(records),
     )
 
 
@@ -75,7 +76,7 @@ def _first_model(lines: list[str]) -> list[str]:
             if num_models > 1:
                 break
     if not any(line.startswith(("ATOM  ", "HETATM")) for line in kept):
-        raise StructureError("no ATOM or HETATM record; wanted coordinates (the file may be cut short)")
+        raise StructureError("no ATOM or HETATM record; wanted coordinates (if the file was cut short, fetch it again)")
     return kept
 
 
@@ -134,9 +135,12 @@ def _pdb_numbers(texts: np.ndarray, what: str, missing: float | None) -> np.ndar
     try:
         numbers = texts.astype(np.float64)
     except ValueError as error:
-        raise StructureError(f"broken number for {what} in a coordinate record: {error}") from error
+        raise StructureError(f"broken number for {what} in a coordinate record: {error}; fetch the file again, or correct it") from error
     if not np.isfinite(numbers).all():
-        raise StructureError(f"{what} is {numbers[~np.isfinite(numbers)][0]} in a coordinate record; wanted a number")
+        raise StructureError(
+            f"{what} is {numbers[~np.isfinite(numbers)][0]} in a coordinate record; wanted a number: leave out the "
+            "record of an atom that was not located"
+        )
     return numbers
 
 

@@ -22,6 +22,7 @@ from proteingpt.data.structure.residues import is_nucleotide
 from proteingpt.protein import Facts
 
 _Records = dict[str, list[str]]
+MONTHS = "JAN FEB MAR APR MAY JUN JUL AUG SEP OCT NOV DEC".split()
 
 
 def pdb_facts(
@@ -70,9 +71,24 @@ def _wavelength(remarks: _Records) -> float | None:
 
 
 def _year(header: str) -> int | None:
-    date = re.fullmatch(r"\d\d-[A-Z]{3}-(\d\d)", header[50:59].strip().upper())
+    day = _iso_day(header[50:59].strip().upper())
+    return int(day[:4]) if day else None
+
+
+def release_day(records: _Records) -> str | None:
+    """ISO day of the first release: the earliest date of a REVDAT record, in columns 14-22."""
+    days = (_iso_day(line[13:22].strip().upper()) for line in records.get("REVDAT", []))
+    return min((day for day in days if day), default=None)
+
+
+def _iso_day(date: str) -> str | None:
+    """`02-JAN-94` -> `1994-01-02`; None of anything else."""
+    found = re.fullmatch(r"(\d\d)-([A-Z]{3})-(\d\d)", date)
+    if found is None or found[2] not in MONTHS:
+        return None
     # The archive began in 1971: two digits below that are of this century.
-    return int(date.group(1)) + (1900 if int(date.group(1)) >= 71 else 2000) if date else None
+    year = int(found[3]) + (1900 if int(found[3]) >= 71 else 2000)
+    return f"{year}-{MONTHS.index(found[2]) + 1:02d}-{found[1]}"
 
 
 def _publication_year(records: _Records) -> int | None:

@@ -57,7 +57,7 @@ def seqres_of(records: dict[str, list[str]]) -> dict[str, tuple[str, ...]]:
         if announced[chain] != str(len(found)):
             raise StructureError(
                 f"SEQRES of chain {chain!r} announces {announced[chain] or 'no number of'} residues "
-                f"and lists {len(found)}"
+                f"and lists {len(found)}; fetch the file again, or correct it"
             )
     return {chain: tuple(found) for chain, found in names.items()}
 

@@ -23,7 +23,7 @@ COLUMNS = {
         "B_iso_or_equiv pdbx_PDB_model_num",
         "chem_comp": "id mon_nstd_parent_comp_id",
         "citation": "id year",
-        "database_PDB_rev": "date_original",
+        "database_PDB_rev": "date date_original",
         "diffrn_radiation": "pdbx_wavelength pdbx_wavelength_list",
         "diffrn_radiation_wavelength": "wavelength",
         "diffrn_source": "pdbx_wavelength pdbx_wavelength_list",
@@ -40,6 +40,7 @@ COLUMNS = {
         "ma_model_list": "model_id",
         "ma_qa_metric": "name type",
         "ma_target_ref_db_details": "target_entity_id organism_scientific",
+        "pdbx_audit_revision_history": "revision_date",
         "pdbx_database_status": "recvd_initial_deposition_date",
         "pdbx_entity_branch": "type",
         "pdbx_entity_src_syn": "entity_id organism_scientific",
@@ -92,7 +93,7 @@ class Tables:
             return None
         column = table[name]
         if len(column) != table.row_count or (column.mask is not None and len(column.mask) != table.row_count):
-            raise StructureError(f"{category}.{name} has {len(column)} rows, its category {table.row_count}")
+            raise StructureError(f"{category}.{name} has {len(column)} rows, its category {table.row_count}; fetch it again")
         return column
 
     def texts(self, category: str, *names: str) -> np.ndarray | None:
@@ -147,7 +148,7 @@ def bcif_tables(data: bytes) -> Tables:
                 _check_sizes(categories[name]["rowCount"], columns)
             decoded = file[block["header"]]
             return Tables(block["header"], {name: decoded[name] for name in wanted})
-    raise StructureError("no atom_site category; wanted coordinates")
+    raise StructureError("no atom_site category; wanted coordinates (if the file was cut short, fetch it again)")
 
 
 def _check_sizes(num_rows: int, columns: list[dict]) -> None:
@@ -175,7 +176,7 @@ def mmcif_tables(text: str) -> Tables:
     for name, texts in _split_mmcif(text):
         if "atom_site" in texts:
             return Tables(name, dict(texts))
-    raise StructureError("no atom_site category; wanted coordinates (the file may be cut short)")
+    raise StructureError("no atom_site category; wanted coordinates (if the file was cut short, fetch it again)")
 
 
 _LANDMARK = re.compile(r"^(?:;|[ \t]*(?:loop_|data_(\S*)|save_\S*|_([^\s.]+)\.))", re.MULTILINE | re.IGNORECASE)
@@ -204,7 +205,7 @@ def _split_mmcif(text: str) -> list[tuple[str, dict[str, str]]]:
             starts.append((match.start() if loop is None else loop, current, ""))
             loop = None
     if in_text:
-        raise StructureError("truncated: the file ends inside a text field")
+        raise StructureError("truncated: the file ends inside a text field; fetch it again")
     _check_ending(text, [start for start, category, _ in starts if category is not None])
 
     blocks: list[tuple[str, dict[str, str]]] = []
@@ -226,7 +227,7 @@ def _check_ending(text: str, starts: list[int]) -> None:
     """
     closed = [text[max(0, start - 100) : start].rstrip().endswith("#") for start in starts[1:]]
     if len(closed) >= 8 and all(closed) and not text[-100:].rstrip().endswith("#"):
-        raise StructureError("truncated: every category is closed by a # line except the last")
+        raise StructureError("truncated: every category is closed by a # line except the last; fetch the file again")
 
 
 def _parse_category(name: str, text: str) -> CIFCategory:
@@ -235,7 +236,7 @@ def _parse_category(name: str, text: str) -> CIFCategory:
     except StructureError:
         raise
     except Exception as error:
-        raise StructureError(f"category {name} cannot be parsed (cut short?): {error}") from error
+        raise StructureError(f"category {name} cannot be parsed: {error}; fetch the file again") from error
 
 
 def _fast_loop(name: str, text: str) -> CIFCategory | None:
@@ -257,7 +258,7 @@ def _fast_loop(name: str, text: str) -> CIFCategory | None:
     if len(values) % num_columns:
         raise StructureError(
             f"category {name} ends inside a row: {len(values)} values in rows of {num_columns}; "
-            f"the file is cut or damaged"
+            f"the file is cut or damaged, fetch it again"
         )
     columns = {}
     quoted = "'" in body or '"' in body

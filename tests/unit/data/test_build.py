@@ -18,6 +18,7 @@ from proteingpt.data.build import BuildError, _mpi_world, _name_dead, build, for
 from proteingpt.data.crew import Crew
 from proteingpt.data.entries import read_outcome
 from proteingpt.data.filters import Filters, Skip
+from proteingpt.data.pieces import job_key
 from proteingpt.data.shards import ShardError, ShardSet, find_faults
 from proteingpt.data.sources import Job
 from proteingpt.protein import Turn
@@ -227,6 +228,59 @@ def test_an_entry_in_several_formats_counts_once(tmp_path):
     assert {skip.reason for skip in report.duplicates} == {"duplicate"} and report.skips == []
 
 
+def test_a_damaged_file_is_replaced_by_another_of_its_entry_and_the_report_says_so(tmp_path):
+    """The mmCIF files come first, as they would if they were whole; of 2abc neither file can be read."""
+    whole = {"1abc.pdb": pdb_text("1abc", {"A": "GGG"}), "1abc.ent": pdb_text("1abc", {"A": "GG"})}
+    files = {"1abc.cif": cif_text("1abc", "GGG")[:-200], **whole, "2abc.cif": "", "2abc.pdb": "no structure\n"}
+    report = build(write_files(tmp_path / "structures", files), tmp_path / "out", test_fraction=0)
+    sample = ShardSet(tmp_path / "out", "train").read(0)
+    assert sample.metadata["source"]["file"] == "1abc.ent" and sample.protein.sequence == "GG"
+    assert (report.num_files, report.num_entries, report.num_samples, report.num_replaced) == (5, 2, 1, 1)
+    assert [(skip.file, skip.reason) for skip in report.skips] == [("2abc.cif", "unreadable")]
+    rows = {row[0]: row[3:] for row in skipped_rows(tmp_path / "out")[1:]}
+    assert rows["1abc.cif"][0] == "replaced" and rows["1abc.cif"][1].endswith("; the entry is read from 1abc.ent")
+    assert rows["1abc.pdb"] == ["duplicate", "the entry is read from 1abc.ent"]
+    assert rows["2abc.pdb"][0] == "duplicate" and rows["2abc.pdb"][1].startswith("unreadable: neither mmCIF")
+    assert "1 damaged files, replaced by another file of their entry" in format_report(report)
+
+
+def test_a_mended_file_is_read_when_the_build_goes_on(tmp_path):
+    """What a build keeps of an entry is known by all of its files."""
+    files = {"1abc.cif": "", "1abc.pdb": pdb_text("1abc", {"A": "GGG"}), "2abc.pdb": pdb_text("2abc", {"A": "GGG"})}
+    structures = write_files(tmp_path / "structures", files)
+    jobs = [Job(structures / "1abc.cif", "1abc.cif", "1abc", others=((structures / "1abc.pdb", "1abc.pdb"),))]
+    before = job_key(jobs[0], Filters())
+    assert job_key(jobs[0], Filters()) == before
+    write_files(structures, {"1abc.pdb": pdb_text("1abc", {"A": "GGGG"})})
+    assert job_key(jobs[0], Filters()) != before
+
+
+REVISIONS = "\nloop_\n_pdbx_audit_revision_history.ordinal\n_pdbx_audit_revision_history.revision_date\n{}\n#\n"
+
+
+def test_the_day_of_release_is_taken_from_the_file_where_no_annotation_gives_it(tmp_path):
+    """Released on 1 May, 2 May (PDB format: REVDAT 1) and 3 May 2001; 4abc says no more than its year, 2001."""
+    revdat = ["REVDAT   2   24-FEB-09 2ABC    1       VERSN", "REVDAT   1   02-MAY-01 2ABC    0"]
+    header = HEADER.format("4ABC").replace("94", "01")
+    files = {
+        "1abc.cif": cif_text("1abc", "ACD") + REVISIONS.format("1 2001-05-01\n2 2011-07-13"),
+        "2abc.pdb": "\n".join([HEADER.format("2ABC"), *revdat, *pdb_text("2abc", {"A": "GGG"}).split("\n")[1:]]),
+        "3abc.cif": cif_text("3abc", "ACD") + REVISIONS.format("1 2001-05-03"),
+        "4abc.pdb": "\n".join([header, *pdb_text("4abc", {"A": "GGG"}).split("\n")[1:]]),
+    }
+    structures = write_files(tmp_path / "structures", files)
+    for day, keys in (("2001-05-02", ["2abc_A", "3abc_A"]), ("2001-05-03", ["3abc_A"])):
+        build(structures, tmp_path / "out", split="date", test_from=day, overwrite=True)
+        assert ShardSet(tmp_path / "out", "test").keys == keys
+
+
+def test_without_any_date_the_date_split_says_what_to_give(tmp_path):
+    structures = write_files(tmp_path / "structures", {f"{n}abc.cif": cif_text(f"{n}abc", "ACD") for n in (1, 2)})
+    with pytest.raises(BuildError, match=r"none of 2 entries gave a sample \(no date 2\)"):
+        build(structures, tmp_path / "out", split="date")
+    assert "give --facts" in skipped_rows(tmp_path / "out")[1][4]
+
+
 def test_lengths_outside_the_limits_are_skipped_with_both_numbers(structures, tmp_path):
     report = build(structures, tmp_path / "out", min_residues=8, max_residues=9, test_fraction=0)
     assert ShardSet(tmp_path / "out", "train").keys == ["2abc_A", "3abc_A"]
@@ -363,6 +417,7 @@ def test_the_published_split_is_kept_and_the_unlisted_fall(structures, tmp_path)
     assert report.skipped_by_reason["not in the split"] == 8
     with pytest.raises(BuildError, match="give --dataset FILE"):
         build(structures, tmp_path / "none", split="published")
+    assert not (tmp_path / "none").exists(), "it was parsed before the refusal"
 
 
 def test_filters_that_are_asked_for_stand_in_the_funnel(structures, tmp_path):

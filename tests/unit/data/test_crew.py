@@ -61,6 +61,14 @@ def test_nobody_waits_for_the_one_with_the_ribosome():
         assert sorted(Crew(executor, 2, here=True).run(work, list(range(40)))) == list(range(40))
 
 
+def test_what_comes_first_is_done_once_and_only_if_others_work_meanwhile():
+    done = []
+    with ThreadPoolExecutor(2) as executor:
+        found = list(Crew(executor, 2, here=True).run(len, ["a", "bc", "def"], first=lambda: done.append(1)))
+    assert sorted(found) == [1, 2, 3] and done == [1]
+    assert list(Crew(None, 0, here=True).run(len, ["a"], first=lambda: done.append(2))) == [1] and done == [1]
+
+
 def test_a_fault_of_a_worker_is_raised_here():
     def work(batch: int) -> int:
         raise OSError("disk full")

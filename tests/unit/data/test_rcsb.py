@@ -83,8 +83,8 @@ def test_annotations_come_in_batches_in_the_order_asked_each_once(tmp_path, serv
         server.add_entry(name)
     asked = []
     fetch = client(tmp_path, server, batch_size=4).fetch_annotations
-    annotations = fetch([*ids, *reversed(ids)], num_threads=1, progress=asked.append)
-    assert list(annotations) == ids == asked
+    annotations = fetch([*ids, *reversed(ids)], num_threads=1, progress=lambda name, came: asked.append((name, came)))
+    assert list(annotations) == ids and asked == [(name, True) for name in ids]
     assert server.batch_sizes() == [4, 4, 2]
     assert fetch(ids) == annotations and len(server.batch_sizes()) == 3
 

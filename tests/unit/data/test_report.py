@@ -1,6 +1,8 @@
 """What is said of a build: the picture is XML, the histogram agrees with a hand count, the line is as promised."""
 
+import dataclasses
 import io
+import itertools
 import json
 import re
 from xml.etree import ElementTree
@@ -8,7 +10,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from proteingpt.data.filters import Skip
+from proteingpt.data.filters import STEPS, Skip
 from proteingpt.data.report import (
     BuildReport,
     Info,
@@ -22,6 +24,7 @@ from proteingpt.data.report import (
     write_skipped,
 )
 
+SVG = "{http://www.w3.org/2000/svg}"
 TOTALS = {"train": dict(num_shards=1, num_samples=3, num_residues=9, num_turns=4, num_bytes=20_480)}
 INFO = Info(
     "shards/x",
@@ -41,13 +44,40 @@ def test_lengths_are_counted_in_bins_with_both_ends_inside():
 
 def test_the_picture_is_xml_and_shows_every_number():
     root = ElementTree.fromstring(draw_info(INFO))
-    texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    texts = [element.text for element in root.iter(f"{SVG}text")]
     assert "What <b>is</b> it & why? " in texts and "has an abstract" in texts and "10" in texts
-    bars = [float(bar.get("width")) for bar in root.iter("{http://www.w3.org/2000/svg}rect") if bar.get("x")]
+    bars = [float(bar.get("width")) for bar in root.iter(f"{SVG}rect") if bar.get("x")]
     # The funnel's bars: 4 of 10 is 0.4 of the widest.
     assert bars[1] == pytest.approx(0.4 * bars[0])
-    height = float(root.get("height"))
-    assert all(float(t.get("y")) < height for t in root.iter("{http://www.w3.org/2000/svg}text"))
+    assert "NaN" not in draw_info(INFO)
+
+
+def test_nothing_of_the_picture_lies_outside_it_or_on_something_else():
+    """Letters are taken to be as wide as 0.55 of their size, the mean of a wide sans-serif font."""
+    questions = {"What is " + "very " * n + "long?": 40 - n for n in range(40)}
+    funnel = [(name, 234_567 - n) for n, (name, _) in enumerate(STEPS)]
+    root = ElementTree.fromstring(draw_info(dataclasses.replace(INFO, questions=questions, funnel=funnel)))
+    boxes = [box for group in root.iter(f"{SVG}g") for box in boxes_of(group)]
+    width, height = float(root.get("width")), float(root.get("height"))
+    assert len(boxes) > 150
+    assert all(0 <= left and right <= width and 0 <= top and bottom <= height for left, right, top, bottom in boxes)
+    for one, two in itertools.combinations(boxes, 2):
+        apart = one[1] <= two[0] or two[1] <= one[0] or one[3] <= two[2] or two[3] <= one[2]
+        assert apart, (one, two)
+
+
+def boxes_of(group: ElementTree.Element) -> list[tuple[float, float, float, float]]:
+    """(left, right, top, bottom) of its texts and bars."""
+    shift, boxes = float(group.get("transform").split()[1].rstrip(")")), []
+    for element in group:
+        x, y = float(element.get("x")), float(element.get("y")) + shift
+        if element.tag == f"{SVG}rect":
+            boxes.append((x, x + float(element.get("width")), y, y + float(element.get("height"))))
+            continue
+        width = 0.55 * 13 * len(element.text)
+        left = x - width if element.get("text-anchor") == "end" else x
+        boxes.append((left, left + width, y - 10, y + 3))
+    return boxes
 
 
 def test_the_picture_of_a_directory_without_report_and_questions_is_xml_too():
@@ -71,7 +101,7 @@ def test_progress_is_one_line_with_bar_rate_skips_and_time_left():
     meter.advance(10, 2)
     meter.finish()
     (line,) = stream.getvalue().splitlines()
-    assert re.fullmatch(r"\[#{10}\.{10}\] 20/40 entries, [\d.]+ entries/s, 2 skipped, .* left", line)
+    assert re.fullmatch(r"\[#{10}\.{10}\] 20/40 entries, [\d.]+/s, 2 skipped, .* left", line)
 
 
 def test_files_of_the_report_hold_every_skip_and_nothing_of_the_clock(tmp_path):

@@ -15,6 +15,7 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from proteingpt.data import shard_set as shard_set_module
 from proteingpt.data import shards
 from proteingpt.data.shards import ShardError, ShardSet, check_key, encode_sample, find_faults, write_shards
 from proteingpt.protein import Protein, Sample, Turn
@@ -153,7 +154,7 @@ def test_a_number_out_of_range_is_an_index_error(directory):
 
 
 def test_many_threads_read_the_same_samples(directory, monkeypatch):
-    monkeypatch.setattr(shards, "MAX_OPEN_SHARDS", 1)
+    monkeypatch.setattr(shard_set_module, "MAX_OPEN_SHARDS", 1)
     shard_set = ShardSet(directory, "train")
     failures = []
 
@@ -471,7 +472,7 @@ def test_a_key_that_is_in_two_shards_is_found(directory, tmp_path):
     assert any("sample 1abc_A is also in train-00000.tar" in fault for fault in find_faults(directory))
 
 
-@pytest.mark.parametrize("value, what", [(np.inf, "infinite coordinates"), (np.nan, "no residue of it has all three")])
+@pytest.mark.parametrize("value, what", [(np.inf, "a coordinate beyond 1e+06 angstrom"), (np.nan, "no residue of it has all three")])
 def test_coordinates_that_no_encoder_can_use_are_found(tmp_path, value, what):
     backbone = np.full((3, 3, 3), value, np.float32)
     write(tmp_path, {"train": [Sample(Protein("1abc", "A", "ACD", backbone), "", ())]})

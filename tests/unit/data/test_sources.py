@@ -1,5 +1,6 @@
 """Where entries and texts come from: folders, and the real client against a local server that answers as RCSB does."""
 
+import io
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from rcsb_server import RcsbServer, status
 
 from proteingpt.data.build import BuildError, build
 from proteingpt.data.shards import ShardSet, find_faults
-from proteingpt.data.sources import SourceError, Sources, choose_files, entry_name, gather, merge_facts
+from proteingpt.data.sources import SourceError, Sources, entry_name, gather, merge_facts, rank_files
 from proteingpt.protein import Facts
 
 
@@ -43,13 +44,12 @@ def test_the_entry_is_told_by_the_name_of_the_file(name, wanted):
 
 def test_binarycif_is_preferred_to_mmcif_to_pdb():
     files = [f"/data/{n}" for n in ("1abc.pdb", "1abc.cif", "b/1abc.bcif", "a/1abc.bcif", "2abc.ent", "2abc.mmcif")]
-    chosen, duplicates = choose_files((Path(file), file.removeprefix("/data/")) for file in files)
-    assert chosen == {
-        "1abc": (Path("/data/a/1abc.bcif"), "a/1abc.bcif"),
-        "2abc": (Path("/data/2abc.mmcif"), "2abc.mmcif"),
+    ranked = rank_files((Path(file), file.removeprefix("/data/")) for file in files)
+    assert {name: [file for _, file in found] for name, found in ranked.items()} == {
+        "1abc": ["a/1abc.bcif", "b/1abc.bcif", "1abc.cif", "1abc.pdb"],
+        "2abc": ["2abc.mmcif", "2abc.ent"],
     }
-    assert [skip.file for skip in duplicates] == ["b/1abc.bcif", "1abc.cif", "1abc.pdb", "2abc.ent"]
-    assert duplicates[0].detail == "the entry is read from a/1abc.bcif"
+    assert ranked["2abc"][0][0] == Path("/data/2abc.mmcif")
 
 
 def test_facts_of_rcsb_come_first_and_the_file_fills_what_is_unknown():
@@ -78,6 +78,27 @@ def test_all_entries_and_the_papers_funnel(server, tmp_path):
     report = build(None, tmp_path / "out", rcsb="all", require_abstract=True, **settings(server, tmp_path))
     assert report.funnel[:2] == [("entries", 5), ("has an abstract", 4)] and report.num_samples == 4
     assert server.count("2bbb.bcif") == 0
+
+
+def test_an_entry_that_rcsb_does_not_have_is_not_said_to_lack_an_abstract(server, tmp_path):
+    server.add_removed("6fff", "5eee")
+    more = settings(server, tmp_path, require_abstract=True)
+    report = build(None, tmp_path / "out", rcsb="1aaa,6fff", **more)
+    (skip,) = report.skips
+    assert (skip.entry, skip.reason) == ("6fff", "not fetched") and "replaced by 5eee" in skip.detail
+
+
+def test_fetching_shows_bars_with_what_was_there_already_and_what_is_missing(server, tmp_path):
+    said = io.StringIO()
+    build(None, tmp_path / "one", rcsb="1aaa", **settings(server, tmp_path))
+    build(None, tmp_path / "out", rcsb="1aaa,2bbb,9xyz", progress=said, **settings(server, tmp_path))
+    lines = said.getvalue().splitlines()
+    assert [line.split(",")[0] for line in lines if line.startswith("[")] == [
+        "[####################] 3/3 annotations",
+        "[####################] 3/3 structures",
+        "[####################] 2/2 entries",
+    ]
+    assert "1 skipped" in lines[0] and "9xyz: RCSB has no such entry" in said.getvalue()
 
 
 def test_a_build_that_the_network_ended_goes_on_where_it_was(server, tmp_path):
@@ -113,7 +134,7 @@ def test_abstracts_may_be_texts_in_a_folder_and_questions_may_be_generated(tmp_p
     for name in ("1abc", "2abc", "3abc"):
         torch.save(torch.ones(7, 1, 512), tmp_path / "pt" / f"{name}.pt")
     sources = Sources(abstracts=tmp_path / "texts", embeddings=tmp_path / "pt")
-    jobs = gather(sources, require_abstract=True, say=print).jobs
+    jobs = gather(sources, require_abstract=True).jobs
     assert [(job.name, job.text.description) for job in jobs] == [("1abc", "We solved it."), ("2abc", "We too.")]
 
 
@@ -127,6 +148,9 @@ def test_published_embeddings_stand_in_for_structures(tmp_path):
     sample = ShardSet(tmp_path / "out", "train").read(0)
     assert sample.protein.sequence == "XXXXX" and not sample.protein.resolved.any() and sample.turns[0].answer == "YES"
     assert report.num_samples == 2 and [skip.entry for skip in report.skips] == ["3abc"]
+    # Sequences that are not known are not taken for copies of each other.
+    half = build(None, tmp_path / "half", embeddings=tmp_path / "pt", qa=[tmp_path / "qa.json"], test_fraction=0.5)
+    assert half.samples == {"train": 1, "test": 1} and half.leak["num_test_sequences_in_train"] == 0
     assert find_faults(tmp_path / "out") == []
 
 
@@ -142,4 +166,4 @@ def test_published_embeddings_stand_in_for_structures(tmp_path):
 def test_sources_that_cannot_be_used_are_named(sources, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SourceError, match=message):
-        gather(sources, require_abstract=False, say=print)
+        gather(sources, require_abstract=False)

@@ -10,6 +10,7 @@ from proteingpt.data.splits import (
     SplitError,
     cluster_by_mmseqs,
     clusters_by_entry,
+    connect,
     draw_test_clusters,
     draw_test_entries,
     newest_entries,
@@ -104,19 +105,22 @@ def test_rcsb_cluster_files(tmp_path):
         read_clusters(tmp_path / "none.txt")
 
 
-def test_mmseqs_tables_and_its_absence(tmp_path):
-    (tmp_path / "x_cluster.tsv").write_text("a\ta\na\tb\nc\tc\n")
-    assert read_mmseqs(tmp_path / "x_cluster.tsv") == {"a": "a", "b": "a", "c": "c"}
+def test_mmseqs_tables_and_its_absence():
+    """b is a domain of a; c shares with a but a fifth of either."""
+    table = ["a\ta\t1.000\t1.000\n", "a\tb\t0.300\t0.950\n", "a\tc\t0.200\t0.210\n"]
+    assert list(read_mmseqs(table)) == [("a", "a"), ("a", "b")]
+    groups = connect("abcd", [("a", "b"), ("c", "d"), ("b", "b")])
+    assert groups["a"] == groups["b"] != groups["c"] == groups["d"]
     with pytest.raises(SplitError, match="give --clusters FILE .* or install MMseqs2"):
         cluster_by_mmseqs({"a": "ACDEF"}, program="no-such-mmseqs")
 
 
-@pytest.mark.skipif(shutil.which("mmseqs") is None, reason="MMseqs2 is not installed")
-def test_mmseqs_puts_near_copies_together():
+@pytest.mark.skipif(shutil.which("mmseqs") is None, reason="MMseqs2 is not installed (Debian: mmseqs2)")
+def test_mmseqs_puts_near_copies_and_parts_together():
     sequence = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQAPILSRVGDGTQDNLSGAEKAVQVKVKALPDAQFEVVHSLAKWKRQ"
     other = "GSHMASMTGGQQMGRGSEFELRRQACGRTRAPPPPPLRSGCWWNPDYFNEHKLIVTSGAQWPDYKNMCHEFRTLIVGSAQ"
-    found = cluster_by_mmseqs({"a": sequence, "b": sequence[:-2] + "AA", "c": other})
-    assert found["a"] == found["b"] != found["c"]
+    found = cluster_by_mmseqs({"a": sequence, "b": sequence[:-2] + "AA", "c": other, "d": sequence + other[::-1]})
+    assert found["a"] == found["b"] == found["d"] != found["c"]
 
 
 def test_the_share_of_test_items_that_are_also_trained_on():

@@ -1,13 +1,14 @@
 """Whatever is wrong with a file is a StructureError that names it."""
 
 import gzip
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from structure_files import as_bcif, everything, mmcif, numbered, pdb, residue
 
-from proteingpt.data.structure import STRUCTURE_SUFFIXES, StructureError, find_structures, read_entry
+from proteingpt.data.structure import STRUCTURE_SUFFIXES, StructureError, files, find_structures, read_entry
 
 
 def refused(entry, content, name, *said):
@@ -40,10 +41,23 @@ def test_a_path_that_cannot_be_opened_is_refused(tmp_path):
         read_entry(tmp_path)
 
 
+def test_a_small_file_takes_little_memory_and_one_beyond_the_bound_is_refused(tmp_path, monkeypatch):
+    """Gzip does not say how much is in it: what is read is bounded as it comes, and nothing is reserved beforehand."""
+    path = tmp_path / "a.cif.gz"
+    path.write_bytes(gzip.compress(b"data_x\n" * 100_000))
+    tracemalloc.start()
+    assert len(files.read_bytes(path)) == 700_000
+    assert tracemalloc.get_traced_memory()[1] < 20e6
+    tracemalloc.stop()
+    monkeypatch.setattr(files, "MAX_FILE_BYTES", 699_999)
+    with pytest.raises(StructureError, match="more than 699999 bytes unpacked; .* set it aside"):
+        read_entry(path)
+
+
 def test_an_mmcif_cut_inside_a_row_is_refused(entry):
     text = everything()[0]
     last_rows = text.rstrip().rsplit(" ", 3)[0]
-    refused(entry, last_rows, "a.cif", "ends inside a row")
+    refused(entry, last_rows, "a.cif", "ends inside a row", "fetch it again")
 
 
 def test_an_mmcif_cut_between_rows_is_told_by_its_missing_category_end(entry):
@@ -53,18 +67,18 @@ def test_an_mmcif_cut_between_rows_is_told_by_its_missing_category_end(entry):
     text = text.replace("9XYZ\n", "9XYZ\n#\n").replace("\nloop_\n_", "\n#\nloop_\n_").replace("#\n#\n", "#\n") + "#\n"
     assert entry(text).protein().resolved.all()
     cut = text.rstrip("#\n").rsplit("\n", 1)[0] + "\n"
-    refused(entry, cut, "a.cif", "truncated: every category is closed by a # line except the last")
+    refused(entry, cut, "a.cif", "truncated: every category is closed by a # line except the last", "fetch the file again")
 
 
 def test_an_mmcif_cut_inside_a_text_field_is_refused(entry):
-    refused(entry, everything()[0] + "_struct.title\n;goes on and", "a.cif", "ends inside a text field")
+    refused(entry, everything()[0] + "_struct.title\n;goes on and", "a.cif", "ends inside a text field", "fetch it again")
 
 
 def test_a_pdb_file_that_complies_with_the_format_and_has_no_end_is_refused(entry):
     head = "REMARK   4 9XYZ COMPLIES WITH FORMAT V. 3.30, 13-JUL-11"
     text = pdb(residue("GLY", 1), None, head)
     assert entry(text, "a.pdb").protein().sequence == "G"
-    refused(entry, text.replace("END\n", ""), "a.pdb", "END record is missing")
+    refused(entry, text.replace("END\n", ""), "a.pdb", "END record is missing", "fetch the file again")
 
 
 @pytest.mark.parametrize(("old", "new", "said"), [
