@@ -129,9 +129,25 @@ class Sample:
         return self.protein.key
 
 
-def prefix_length(num_residues: int) -> int:
-    """Positions a protein takes in the prompt: the rows of ESM-IF1, then those of ESM-2.
+def part_length(num_rows, num_tokens: int | None):
+    """Positions that the rows of one encoder take, ints or arrays: as many, or a resampler's fixed number if there are any."""
+    return num_rows if num_tokens is None else num_tokens * (num_rows > 0)
 
-    Exact because neither is pooled (as published); prompts reserve this many placeholders before any model runs.
+
+@dataclass(frozen=True)
+class PrefixLength:
+    """Positions a protein takes in the prompt: those of ESM-IF1, then those of ESM-2, or of one of them.
+
+    A function of its length alone, so that prompts reserve this many placeholders before any model runs. num_tokens: what
+    a resampler makes of the rows of each encoder; None where every row is kept, as published.
     """
-    return 2 * (num_residues + ENCODER_EXTRA_ROWS)
+
+    num_encoders: int = 2
+    num_tokens: int | None = None
+
+    def __call__(self, num_residues):
+        """Of a number of residues, or an array of them."""
+        return self.num_encoders * part_length(num_residues + ENCODER_EXTRA_ROWS, self.num_tokens)
+
+
+prefix_length = PrefixLength()

@@ -8,17 +8,23 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from proteingpt.protein import Protein, prefix_length
+from proteingpt.protein import PrefixLength, Protein, prefix_length
 
 
 @dataclass(frozen=True)
 class Group:
-    """prefix_ids stand before the protein; each branch is (question ids, answer ids)."""
+    """prefix_ids stand before the protein; each branch is (question ids, answer ids).
+
+    prefix_length: positions of the protein in the prompt. rows: (structure, sequence), (L + 2, width) each on the CPU,
+    where they were read with the protein.
+    """
 
     key: str
     protein: Protein
     prefix_ids: list[int]
     branches: list[tuple[list[int], list[int]]]
+    prefix_length: PrefixLength = prefix_length
+    rows: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,7 @@ class Pack:
     token_ids, position_ids: int64 (T,). group_starts: G + 1 ints, where each group begins in the row.
     branch_ids: int64 (T,), 0 on a prefix, 1, 2, .. on its branches. protein_positions: int64 (P,), in the order of
     `proteins`. predict_positions, targets: int64 (A,): the logits at predict_positions[a] are to give targets[a].
-    weights: float32 (A,), 0 masks a target. keys, proteins: one for each group.
+    weights: float32 (A,), 0 masks a target. keys, proteins: one for each group. rows: of each group, if they were read.
     """
 
     token_ids: torch.Tensor
@@ -41,6 +47,7 @@ class Pack:
     weights: torch.Tensor
     keys: list[str]
     proteins: list[Protein]
+    rows: list[tuple[torch.Tensor, torch.Tensor]] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -69,7 +76,7 @@ def collate(groups: list[Group]) -> Pack:
     protein_positions, predict, targets = [], [], []
     for group in groups:
         begin = len(tokens)
-        num_rows = prefix_length(len(group.protein))
+        num_rows = group.prefix_length(len(group.protein))
         protein_begin = begin + len(group.prefix_ids)
         protein_positions += range(protein_begin, protein_begin + num_rows)
         tokens += group.prefix_ids + [0] * num_rows
@@ -105,4 +112,5 @@ def collate(groups: list[Group]) -> Pack:
         weights=torch.ones(len(targets)),
         keys=[group.key for group in groups],
         proteins=[group.protein for group in groups],
+        rows=None if any(group.rows is None for group in groups) else [group.rows for group in groups],
     )

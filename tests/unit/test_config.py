@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proteingpt.config import (
+    DEEPSPEED_KEYS,
     ConfigError,
     DataConfig,
     EvaluationConfig,
@@ -77,7 +78,8 @@ def test_an_unknown_field_is_named_by_its_whole_path_with_the_nearest_one():
 
 def test_an_unknown_field_like_no_other_is_answered_with_those_there_are():
     said = message(from_dict, DataConfig, {"zzz": 1}, "data")
-    assert said == "data.zzz is not a recipe field; known here: shards, max_residues, shards_per_window"
+    fields = [f.name for f in dataclasses.fields(DataConfig)]
+    assert said == f"data.zzz is not a recipe field; known here: {', '.join(fields)}"
 
 
 @pytest.mark.parametrize("name", ["zero_optimization", "bf16", "fp16", "gradient_clipping", "offload", "precision"])
@@ -461,10 +463,10 @@ def test_a_ds_config_that_is_no_file_is_answered_with_where_the_ready_ones_are(t
 
 def test_every_ready_ds_config_passes():
     paths = sorted((REPOSITORY / "ds_configs").glob("*.json"))
-    assert [p.stem for p in paths] == ["zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
+    assert [p.stem for p in paths] == ["zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "zeropp"]
     for path in paths:
         values = read_ds_config(str(path))
-        assert values["zero_optimization"]["stage"] == int(re.search(r"\d", path.stem)[0])
+        assert values["zero_optimization"]["stage"] == (3 if path.stem == "zeropp" else int(re.search(r"\d", path.stem)[0]))
         assert ("offload_optimizer" in values["zero_optimization"]) == ("offload" in path.stem)
 
 
@@ -504,7 +506,7 @@ def test_an_override_of_a_section_left_at_its_defaults_makes_it():
 
 def test_overrides_are_checked_as_the_recipe_is():
     assert message(command, "--align.epochs", "many") == "align.epochs is 'many', expected int"
-    assert message(command, "--model.train", "lora").endswith("expected one of projector, full")
+    assert message(command, "--model.train", "some").endswith("expected one of projector, lora, full")
     assert command("--align.init_lr", "3e-3").align.init_lr == 0.003
     assert command("--align.betas", "[0.5, 0.75]").align.betas == (0.5, 0.75)
     assert command("--align.max_steps", "null").align.max_steps is None
@@ -556,3 +558,91 @@ def test_help_names_every_field_with_its_sentence():
 def test_configs_cannot_be_changed_behind_their_checks():
     for cls in (RunConfig, StageConfig, EvaluationConfig):
         assert cls.__dataclass_params__.frozen
+
+
+# ------------------------------------------------------------------------------------------------------- mixtures
+
+
+@pytest.mark.parametrize(
+    "words, shards, mixture",
+    [
+        (["shards/pdb"], "shards/pdb", None),
+        (["a=2", "b=0.5"], None, {"a": 2.0, "b": 0.5}),
+        (["a", "b=0.5"], None, {"a": 1.0, "b": 0.5}),
+        (["s3://bucket/x=y/z"], "s3://bucket/x=y/z", None),
+        (["x=y=3"], None, {"x=y": 3.0}),
+    ],
+)
+def test_data_on_the_command_line_is_one_directory_or_several_with_weights(words, shards, mixture):
+    argv = ["--ds_config", ZERO2, "--recipe", "fast-align", "--data", *words, "--llm", "somewhere"]
+    data = parse_command(argv).config.data
+    assert (data.shards, data.mixture) == (shards, mixture)
+
+
+@pytest.mark.parametrize("words, said", [(["a", "a=2"], "given twice"), (["=2"], "expected DIR"), (["a=-1", "b"], "> 0")])
+def test_weights_that_mean_nothing_are_refused(words, said):
+    assert said in message(parse_command, ["--ds_config", ZERO2, "--recipe", "fast-align", "--data", *words])
+
+
+def test_data_and_the_setting_it_is_short_for_are_not_given_together():
+    argv = ["--ds_config", ZERO2, "--recipe", "fast-align", "--data", "a", "--data.mixture", "{b: 1}"]
+    assert message(parse_command, argv) == "--data and --data.mixture are the same setting: give one of them"
+
+
+@pytest.mark.parametrize("value", [["a"], {"a": "much"}, {1: 1.0}, "a"])
+def test_a_mixture_that_is_none_is_refused_by_its_path(value):
+    assert message(from_dict, DataConfig, {"mixture": value}, "data").startswith("data.mixture")
+
+
+def test_a_mixture_is_saved_and_read_back(tmp_path):
+    config = from_dict(RunConfig, {**run_values(), "data": {"mixture": {"a": 2, "b/c": 0.5}}})
+    save_recipe(config, tmp_path / "recipe.yaml")
+    again = from_dict(RunConfig, read_recipe(str(tmp_path / "recipe.yaml")))
+    assert again.data.mixture == {"a": 2.0, "b/c": 0.5} == config.data.mixture
+
+
+# ---------------------------------------------------------------------------------- what is ignored, kept or permitted
+
+
+def test_a_key_that_deepspeed_would_ignore_is_refused_with_its_nearest(tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"gradient_cliping": 1.0}))
+    with pytest.raises(ConfigError, match="gradient_cliping in .* did you mean gradient_clipping?"):
+        read_ds_config(str(path))
+    path.write_text(json.dumps({"zzz": 1}))
+    with pytest.raises(ConfigError, match="zzz in .* is no key of DeepSpeed's JSON"):
+        read_ds_config(str(path))
+
+
+def test_deepspeeds_keys_are_those_that_its_source_knows():
+    """Each is a string of the installed source; and what the source reads by name at the top is among them."""
+    import importlib.util
+
+    root = Path(importlib.util.find_spec("deepspeed").origin).parent
+    names = ("runtime", "monitor", "profiling", "comm", "autotuning", "nebula", "compression", "utils", "module_inject", "")
+    text = "\n".join(path.read_text() for name in names for path in (root / name).rglob("*.py") if "legacy" not in str(path))
+    assert not [key for key in DEEPSPEED_KEYS if f'"{key}"' not in text and f"'{key}'" not in text]
+
+
+def test_what_differs_may_be_permitted_by_name():
+    before = from_dict(RunConfig, read_recipe("demo"))
+    after = dataclasses.replace(before, seed=7, checkpoint=dataclasses.replace(before.checkpoint, keep_last=9))
+    assert differences(before, after) == ["seed: was 42, is 7"]
+    assert differences(before, after, allowed=("seed",)) == []
+
+
+def test_a_recipe_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("before")
+    (tmp_path / ".recipe.yaml.partial").mkdir()  # the new one cannot be written
+    with pytest.raises(OSError):
+        save_recipe(from_dict(RunConfig, read_recipe("demo")), path)
+    assert path.read_text() == "before"
+
+
+@pytest.mark.parametrize("text", ["[" * 20_000, "\x00"])
+def test_a_recipe_that_no_parser_survives_is_refused(tmp_path, text):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="mine"):
+        from_dict(RunConfig, read_recipe(str(path)))

@@ -3,18 +3,23 @@
 import dataclasses
 import gc
 import itertools
+import json
+import shutil
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
+from shard_server import serving
 from transformers import AutoTokenizer
 
 from proteingpt.config import StageConfig
 from proteingpt.data.index import build_index
 from proteingpt.data.loader import Share, StageData, TrainingPlan, prefetch
-from proteingpt.data.plan import PlanError, assign, hash_keys
+from proteingpt.data.plan import PlanError, hash_keys
 from proteingpt.data.prompts import TEMPLATES, Prompt
-from proteingpt.data.shards import ShardSet
+from proteingpt.data.shards import ShardCache, ShardError, ShardSet, write_shards
+from proteingpt.data.shares import assign
 
 STAGE = StageConfig(
     template="released", epochs=2, samples_per_step=40, questions_per_group=3, max_answer_tokens=16, warmup_steps=0,
@@ -90,7 +95,7 @@ def test_a_step_is_the_same_whichever_was_asked_for_before(plan, data):
         (dataclasses.replace(STAGE, questions_per_group=4), 42, range(16), None),
         (dataclasses.replace(STAGE, questions_per_protein=4), 42, range(16), None),
         (dataclasses.replace(STAGE, tokens_per_pack=500), 42, range(16), None),
-        (dataclasses.replace(STAGE, samples_per_step=None, tokens_per_step=9, tokens_per_pack=9), 42, range(16), None),
+        (dataclasses.replace(STAGE, samples_per_step=None, tokens_per_step=900, tokens_per_pack=450), 42, range(16), None),
         (STAGE, 42, range(15), None),
         (STAGE, 42, range(16), 1),
     ],
@@ -224,18 +229,18 @@ def test_left_out_samples_are_never_read_and_the_others_keep_their_own_text(make
 def test_lengths_are_known_before_anything_is_read(make_data, samples):
     """Of packs and of the groups in them, also where some samples are left out."""
     plan = TrainingPlan(make_data(samples), PACKED, 42)
-    epoch = plan.epoch(0)
     for step in range(plan.steps_per_epoch):
+        window, number = plan.window_of(step)
         (work,) = work_of(plan, step)
         assert [pack.num_tokens for pack in work.packs] == plan.packs(step)[1]
-        first, last = epoch.pack_starts[epoch.step_starts[step : step + 2]]
+        first, last = window.pack_starts[window.step_starts[number : number + 2]]
         lengths = [length for pack in work.packs for length in np.diff(pack.group_starts).tolist()]
-        assert lengths == epoch.tokens[first:last].tolist()
+        assert lengths == window.tokens[first:last].tolist()
 
 
 def test_the_sizes_that_the_plan_is_given_by_reading_every_sample(make_data, data):
     chosen = [3, 7, 12]
-    sizes = make_data(chosen).sizes
+    (sizes,) = (make_data(chosen).sizes(shard) for shard in range(len(data.shards.shards)))
     for number, sample in enumerate(chosen):
         protein, turns = data.shards.read(sample).protein, data.index.first_turn[sample : sample + 2]
         assert sizes.prefix_tokens[number] == len(data.prefix_ids) + 2 * (len(protein) + 2)
@@ -244,7 +249,8 @@ def test_the_sizes_that_the_plan_is_given_by_reading_every_sample(make_data, dat
             len(data.index.questions[t]) + len(data.index.answers[t]) - 1 for t in range(int(turns[0]), int(turns[1]))
         ]
         assert sizes.turn_tokens[first:last].tolist() == read
-    assert sizes.shards.tolist() == [data.shards.shard_numbers[sample] for sample in chosen]
+    assert sizes.ids.tolist() == hash_keys([data.shards.keys[sample] for sample in chosen]).tolist()
+    assert sizes.weights.tolist() == [1.0] * 3
 
 
 def test_a_rank_without_a_pack_repeats_the_shortest_in_silence(plan, data):
@@ -340,3 +346,123 @@ def test_closing_waits_for_the_item_in_hand():
     assert begun.wait(timeout=60)
     ahead.close()
     assert finished.is_set() and threads() == []
+
+
+# --------------------------------------------------------------------------------------------- samples that are bad
+
+
+def damage(directory: Path, sample: int):
+    """Flips a bit in the coordinates of a training sample."""
+    record = json.loads((directory / "train-00000.index.jsonl").read_text().splitlines()[sample])
+    content = bytearray((directory / "train-00000.tar").read_bytes())
+    content[record["members"]["backbone.npy"][0] + 200] ^= 8
+    (directory / "train-00000.tar").write_bytes(content)
+
+
+@pytest.fixture
+def damaged(demo_assets, make_data, tmp_path):
+    """StageData of the same samples, of which 3 and 11 cannot be read."""
+    for path in demo_assets.glob("train-*"):
+        shutil.copy(path, tmp_path)
+    shutil.copy(demo_assets / "manifest.json", tmp_path)
+    for sample in (3, 11):
+        damage(tmp_path, sample)
+    data = make_data()
+    return StageData(ShardSet(tmp_path, "train"), data.index, data.prefix_ids, data.samples)
+
+
+@pytest.mark.parametrize("stage", [STAGE, PACKED], ids=["a group a pack", "packs of 450"])
+@pytest.mark.parametrize("share", SHARES.values(), ids=SHARES)
+def test_a_bad_sample_leaves_everything_else_in_its_place(data, damaged, stage, share):
+    """Pack by pack the same as without it, less the groups that cannot be read; the step's totals are the plan's."""
+    whole, holed = TrainingPlan(data, stage, 42), TrainingPlan(damaged, stage, 42)
+    assert whole.fingerprint == holed.fingerprint
+    gone = {data.shards.keys[sample] for sample in (3, 11)}
+    for step in range(0, whole.num_steps, 3):
+        for one, other in zip(work_of(whole, step, **share), work_of(holed, step, **share), strict=True):
+            assert (one.answer_tokens, one.num_samples) == (other.answer_tokens, other.num_samples)
+            assert one.several == other.several
+            for pack, left in zip(one.packs, other.packs, strict=True):
+                wanted = [group for group in told(pack) if group[0] not in gone]
+                if pack.weights.any() and wanted:
+                    assert told(left) == wanted and left.weights.all()
+                else:
+                    assert not left.weights.any() and len(left.targets) and not gone & set(left.keys)
+    assert set(damaged.set_aside.reasons) <= gone and damaged.set_aside.reasons
+
+
+def test_a_step_of_which_nothing_can_be_read_is_worked_through_in_silence(damaged):
+    packs = [[(3, (0, 1))], [(11, (2,))]]
+    work = damaged.work(packs, [300, 200], Share(0, [1.0], [None], False))
+    assert len(work.packs) == 2 and not any(pack.weights.any() for pack in work.packs)
+    assert work.answer_tokens == damaged.answer_tokens([group for pack in packs for group in pack]) > 0
+
+
+def test_where_no_sample_can_be_read_at_all_it_says_so(make_data, tmp_path):
+    data = make_data()
+    for path in data.shards.directory.glob("*"):
+        if path.is_file():
+            shutil.copy(path, tmp_path)
+    shards = ShardSet(tmp_path, "train")
+    (tmp_path / "train-00000.tar").unlink()
+    gone = StageData(shards, data.index, data.prefix_ids, data.samples)
+    with pytest.raises(ShardError, match="no sample of split train can be read"):
+        gone.work([[(3, (0, 1))]], [300], Share(0, [1.0], [None], False))
+
+
+def num_bytes_read() -> int:
+    """By this process from files, as the kernel counts them."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+@pytest.mark.parametrize("step", [0, 7])
+def test_resuming_at_a_step_reads_nothing_before_it(demo_assets, data, tmp_path, step):
+    """A run that goes on finds index and verified shards as an earlier one left them; then its first step costs the
+    bytes of its own proteins and no more, whichever step that is."""
+    for path in demo_assets.glob("*"):
+        if path.is_file() and path.suffix != ".pt":
+            shutil.copy(path, tmp_path)
+    ShardSet(tmp_path, "train", ShardCache(tmp_path / "cache")).read(0)  # the earlier run
+    shards = ShardSet(tmp_path, "train", ShardCache(tmp_path / "cache"))
+    plan = TrainingPlan(StageData(shards, data.index, data.prefix_ids, data.samples), STAGE, 42)
+    spans = [json.loads(line)["members"] for line in (tmp_path / "train-00000.index.jsonl").read_text().splitlines()]
+    places = [spans[sample].values() for sample, _ in groups_of(plan, step)]
+    wanted = sum(max(o + n for o, n, _ in place) - min(o for o, _, _ in place) for place in places)
+    before = num_bytes_read()
+    own = num_bytes_read() - before
+    before = num_bytes_read()
+    next(prefetch(lambda step: plan.work(step, Share(0, [1.0], [None], False)), step, step + 1))
+    assert wanted / 2 < num_bytes_read() - before - own < wanted + 2000  # beside them the note that the shard is whole
+
+
+def test_a_remote_epoch_is_the_local_one_and_fetches_each_shard_once_as_planned(demo_assets, data, tmp_path):
+    """Sixteen proteins in eight shards, two a window, through a cache that holds half of them."""
+    shards = ShardSet(demo_assets, "train")
+    samples = [shards.read(i) for i in range(len(shards))]
+    write_shards(tmp_path / "shards", {"train": samples}, samples_per_shard=2, options={})
+    local = ShardSet(tmp_path / "shards", "train")
+    cache = ShardCache(tmp_path / "cache", 4 * max(shard["num_bytes"] for shard in local.shards))
+
+    def plan_of(shards) -> TrainingPlan:
+        made = StageData(shards, data.index, data.prefix_ids, data.samples)
+        return TrainingPlan(made, STAGE, 42, shards_per_window=2)
+
+    with serving(tmp_path / "shards") as (address, orders):
+        far, near = plan_of(ShardSet(address, "train", cache)), plan_of(local)
+        assert far.fingerprint == near.fingerprint
+        windows = [window.shards for window in near.windows(0)]
+        assert len(windows) == 4 and far.shards_ahead(0) == [*windows[0], *windows[1]]
+        for step in range(near.steps_per_epoch):
+            (one,), (other,) = work_of(near, step), work_of(far, step)
+            assert [told(pack) for pack in one.packs] == [told(pack) for pack in other.packs]
+            for pack, same in zip(one.packs, other.packs):
+                for a, b in zip(pack.proteins, same.proteins, strict=True):
+                    np.testing.assert_array_equal(a.backbone, b.backbone)
+            assert sum(path.stat().st_size for path in cache.directory.glob("*.tar*")) <= cache.max_bytes
+        far.data.shards.close()
+    asked = [int(name[6:11]) for name in orders.asked if name.endswith(".tar")]  # in the order of the first time
+    places = [[asked.index(shard) for shard in window] for window in windows]
+    assert all(max(now) < min(later) for now, later in zip(places, places[2:]))
+    again = near.windows(1)[0].shards  # the next epoch begins with them
+    counts = {orders.asked[f"train-{shard:05d}.tar"] for window in windows for shard in window if shard not in again}
+    assert counts == {1}
