@@ -1,107 +1,56 @@
-"""A pack's loss and gradients are the sums over its questions, each asked alone.
-
-The definition is written out here: ids joined by hand, protein rows projected by hand, one ordinary causal sequence a
-question, transformers' own (eager) attention, cross-entropy over the answer's tokens. transformers rounds norms and
-softmax to fp32 whatever the model's precision, so for fp64 the definition brings its own softmax, and both sides use
-torch's RMSNorm.
-"""
+"""A pack's loss and gradients are the sums over its questions, each asked alone (one_question.py), in every precision,
+for every family of LLMs and by every way to the attention."""
 
 import dataclasses
 import functools
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AttentionInterface, AutoModelForCausalLM
+from one_question import (
+    LLMS,
+    SCALE,
+    SEQUENCE_WIDTH,
+    STRUCTURE_WIDTH,
+    TOLERANCE,
+    WAYS,
+    assert_close,
+    by,
+    load,
+    make_group,
+    make_rows,
+    one_at_a_time,
+    packed,
+    together,
+    write_llm,
+)
 
 from proteingpt.config import ModelConfig
-from proteingpt.data.collate import Group, collate
-from proteingpt.demo.llm import FAMILIES, write_tiny_llm
+from proteingpt.data.collate import collate
+from proteingpt.demo.llm import FAMILIES
+from proteingpt.model import protein_gpt
 from proteingpt.model.assemble import build_model
-from proteingpt.protein import Protein
+from proteingpt.model.attention import AttentionError, make_layout
 
-STRUCTURE_WIDTH, SEQUENCE_WIDTH = 12, 20
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
-EXAMPLES = 15
-
-
-def plain_attention(module, query, key, value, attention_mask, scaling, **_):
-    """Causal attention in the precision of its input: (1, H, T, D) -> (1, T, H, D). Query head h reads key head
-    h // (H / number of key heads)."""
-    shared = query.shape[1] // key.shape[1]
-    key, value = (tensor.repeat_interleave(shared, dim=1) for tensor in (key, value))
-    scores = query @ key.transpose(2, 3) * scaling
-    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-    return (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value).transpose(1, 2), None
-
-
-AttentionInterface.register("plain_for_packs", plain_attention)
-
-
-def use_exact_norms(llm):
-    for name, module in list(llm.named_modules()):
-        if "RMSNorm" in type(module).__name__:
-            norm = torch.nn.RMSNorm(len(module.weight), module.variance_epsilon)
-            norm.weight = module.weight
-            llm.set_submodule(name, norm)
+EXAMPLES = 10
 
 
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory):
-    """Large weights, so that attention is far from uniform and who sees whom shows in the loss."""
     texts = ["What is the main secondary structure of this protein? helix"]
-    return {
-        family: write_tiny_llm(
-            tmp_path_factory.mktemp(family), texts, family=family, width=32, vocab_size=280, initializer_range=0.15
-        )
-        for family in FAMILIES
-    }
+    kept = {name: write_llm(tmp_path_factory.mktemp("llm"), name, texts) for name in LLMS}
+    scale = SCALE[torch.bfloat16]
+    return kept | {(name, "bf16"): write_llm(tmp_path_factory.mktemp("llm"), name, texts, scale) for name in LLMS}
 
 
 @pytest.fixture(scope="module")
 def models(directories):
-    """models(family, dtype): (ProteinGPT that trains in full, an LLM of the same weights for the definition)."""
-
-    @functools.cache
-    def load(family: str, dtype: torch.dtype):
-        config = ModelConfig(llm=str(directories[family]), train="full")
-        model = build_model(config, STRUCTURE_WIDTH, SEQUENCE_WIDTH, dtype, seed=4)
-        attention = "plain_for_packs" if dtype == torch.float64 else "eager"
-        alone = AutoModelForCausalLM.from_pretrained(directories[family], dtype=dtype, attn_implementation=attention)
-        if dtype == torch.float64:
-            use_exact_norms(model.llm)
-            use_exact_norms(alone)
-        return model, alone
-
-    return load
-
-
-# ------------------------------------------------------------------------------------------------- groups and rows
-
-
-def make_group(number: int, shape, seed: int) -> Group:
-    """shape: (residues, ids before the protein, ((question ids, answer ids), ...)), as counts."""
-    residues, before, branches = shape
-    rng = np.random.default_rng((seed, number))
-    protein = Protein(f"p{number}", "A", "G" * residues, rng.normal(size=(residues, 3, 3)).astype(np.float32))
-
-    def ids(count: int) -> list[int]:
-        return rng.integers(3, 262, count).tolist()
-
-    return Group(protein.key, protein, ids(before), [(ids(question), ids(answer)) for question, answer in branches])
-
-
-def make_rows(groups, dtype):
-    """What encoders give: two lists of (residues + 2, width), one for each group's protein."""
-    rows = ([], [])
-    for number, group in enumerate(groups):
-        generator = torch.Generator().manual_seed(number)
-        for kind, width in zip(rows, (STRUCTURE_WIDTH, SEQUENCE_WIDTH)):
-            kind.append(torch.randn(len(group.protein) + 2, width, generator=generator, dtype=torch.float64).to(dtype))
-    return rows
+    """models(name, dtype): (ProteinGPT that trains in full, an LLM of the same weights for the definition)."""
+    return functools.cache(
+        lambda name, dtype: load(directories[(name, "bf16") if dtype == torch.bfloat16 else name], dtype)
+    )
 
 
 branch_shapes = st.tuples(st.integers(0, 5), st.integers(1, 4))
@@ -115,67 +64,19 @@ few = settings(
 )
 
 
-# --------------------------------------------------------------------------------------------------- both sides
-
-
-def packed(model, groups, rows=None) -> dict[str, torch.Tensor]:
-    """The trainer's way: {"loss", every parameter's gradient}."""
-    model.zero_grad()
-    loss = model(collate(groups), *(rows or make_rows(groups, model.llm.dtype)))
-    loss.backward()
-    return {"loss": loss.detach(), **{name: p.grad.clone() for name, p in model.named_parameters()}}
-
-
-def one_at_a_time(model, llm, groups) -> dict[str, torch.Tensor]:
-    """The definition, with the projector's weights and the other copy of the LLM."""
-    linear = model.projector
-    for part in (linear, llm):
-        part.zero_grad()
-    table = llm.get_input_embeddings().weight
-    structure_rows, sequence_rows = make_rows(groups, table.dtype)
-    total = torch.zeros((), dtype=torch.float64)
-    for group, structure, sequence in zip(groups, structure_rows, sequence_rows):
-        for question, answer in group.branches:
-            embeddings = torch.cat(
-                [
-                    table[group.prefix_ids],
-                    structure @ linear.structure.weight.T + linear.structure.bias,
-                    sequence @ linear.sequence.weight.T + linear.sequence.bias,
-                    table[question],
-                    table[answer],
-                ]
-            )
-            logits = llm(inputs_embeds=embeddings[None]).logits[0]
-            answered = logits[-len(answer) - 1 : -1].to(torch.promote_types(logits.dtype, torch.float32))
-            loss = F.cross_entropy(answered, torch.tensor(answer), reduction="sum")
-            loss.backward()
-            total += loss.detach()
-    gradients = {f"projector.{name}": p.grad.clone() for name, p in linear.named_parameters()}
-    return {"loss": total, **gradients, **{f"llm.{name}": p.grad.clone() for name, p in llm.named_parameters()}}
-
-
-def errors(found, wanted) -> dict[str, float]:
-    """Relative error of each tensor, in the Euclidean norm. A gradient below 1e-6 of the largest counts as that."""
-    largest = max(float(value.double().norm()) for name, value in wanted.items() if name != "loss")
-    assert found.keys() == wanted.keys()
-    return {
-        name: float((found[name].double() - value.double()).norm())
-        / max(float(value.double().norm()), 0.0 if name == "loss" else 1e-6 * largest)
-        for name, value in wanted.items()
-    }
-
-
-def assert_close(found, wanted, tolerance: float):
-    far = {name: error for name, error in errors(found, wanted).items() if not error <= tolerance}
-    assert not far, f"relative errors above {tolerance}: {far}"
-
-
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", LLMS)
 @few
-@given(groups=packs)
-def test_a_pack_is_the_sum_of_its_questions_in_fp64(models, family, groups):
-    model, alone = models(family, torch.float64)
-    assert_close(packed(model, groups), one_at_a_time(model, alone, groups), TOLERANCE[torch.float64])
+@given(groups=packs, way=st.sampled_from(WAYS))
+def test_a_pack_is_the_sum_of_its_questions(models, name, dtype, groups, way):
+    """Below fp64 with every module as transformers has it."""
+    model, alone = models(name, dtype)
+    with by(model, way):
+        found = packed(model, groups)
+    wanted = one_at_a_time(model, alone, groups)
+    if dtype == torch.bfloat16:
+        found, wanted = together(found), together(wanted)
+    assert_close(found, wanted, TOLERANCE[dtype])
 
 
 # A question-less group (stage align), an empty system prompt, branches of one token, and branches of unlike lengths.
@@ -188,31 +89,55 @@ def groups():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_in_fp32_too_with_every_module_as_transformers_has_it(models, family, groups):
-    model, alone = models(family, torch.float32)
-    assert_close(packed(model, groups), one_at_a_time(model, alone, groups), TOLERANCE[torch.float32])
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_in_bf16_the_two_differ_by_no_more_than_its_rounding(models, family, groups):
-    """Of all gradients together: single ones of either side are rounded by more than this."""
-    model, alone = models(family, torch.bfloat16)
-    found, wanted = packed(model, groups), one_at_a_time(model, alone, groups)
-    assert_close(together(found), together(wanted), TOLERANCE[torch.bfloat16])
-
-
-def together(side) -> dict[str, torch.Tensor]:
-    gradients = torch.cat([side[name].flatten() for name in sorted(side) if name != "loss"])
-    return {"loss": side["loss"], "gradients": gradients}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
 def test_packing_groups_together_changes_nothing(models, family, groups):
     model, _ = models(family, torch.float64)
     rows = zip(*make_rows(groups, torch.float64))
     apart = [packed(model, [group], ([structure], [sequence])) for group, (structure, sequence) in zip(groups, rows)]
     total = {name: sum(one[name] for one in apart) for name in apart[0]}
     assert_close(packed(model, groups), total, TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_sample_longer_than_the_sliding_window_is_refused_and_one_within_is_not(models, way):
+    """17 + 15 tokens and 17 + 16, where 32 are seen; a pack of many such samples may be longer."""
+    model, _ = models("mistral with a window", torch.float32)
+    within, beyond = (make_group(0, (5, 3, ((10, 3), (last, 3))), seed=1) for last in (13, 14))
+    with by(model, way):
+        packed(model, [within, within])
+        with pytest.raises(AttentionError, match="sliding window of 32 tokens and was given a sample of 33"):
+            packed(model, [within, beyond])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_a_head_in_chunks_gives_the_same_and_holds_fewer_logits(models, groups, monkeypatch, name, dtype):
+    """With a head of its own and one tied to the embeddings. Three answer tokens at a time, of 13."""
+    model, _ = models(name, dtype)
+    wanted, whole = packed(model, groups), largest_saved(model, groups, dtype)
+    monkeypatch.setattr(protein_gpt, "LOGITS_BYTES", 3 * 4 * model.llm.config.vocab_size)
+    assert_close(packed(model, groups), wanted, {torch.float64: 1e-12, torch.float32: 1e-6}[dtype])
+    assert largest_saved(model, groups, dtype) < whole
+    logits = model.llm(inputs_embeds=torch.zeros(1, 2, 32, dtype=dtype), **alone_layout()).logits
+    assert logits.shape[-1] == model.llm.config.vocab_size, "the head is itself again"
+
+
+def alone_layout():
+    return {"layout": make_layout([0, 2], torch.tensor([0, 0])), "use_cache": False}
+
+
+def largest_saved(model, groups, dtype) -> int:
+    """Elements of all tensors as wide as the vocabulary that a forward keeps for its backward."""
+    width, kept = model.llm.config.vocab_size, {}
+
+    def pack(tensor):
+        if tensor.ndim and tensor.shape[-1] == width:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(collate(groups), *make_rows(groups, dtype))
+    del loss
+    return sum(kept.values())
 
 
 def test_a_question_is_not_seen_by_its_neighbours(models, groups):

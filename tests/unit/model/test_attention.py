@@ -6,9 +6,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AttentionInterface, AutoModelForCausalLM, Gemma2Config
+from transformers import AttentionInterface, AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
-from proteingpt.model.attention import NAME, group_mask, make_layout, shared_prefix_attention
+from proteingpt.model.attention import (
+    NAME,
+    AttentionError,
+    check_positions,
+    group_mask,
+    make_layout,
+    shared_prefix_attention,
+)
 
 
 def test_the_mask_of_a_group_by_hand():
@@ -146,3 +153,14 @@ def test_gemma_2_which_caps_its_scores_is_refused():
 
 def test_it_is_known_to_transformers_by_its_name():
     assert AttentionInterface()[NAME] is shared_prefix_attention
+
+
+def test_positions_that_depend_on_the_longest_sample_are_refused():
+    """longrope turns all positions of a row once one sample is long; Llama 3.1's scaling turns each by itself."""
+    scaled = {"factor": 8.0, "original_max_position_embeddings": 32}
+    llama3 = {"rope_type": "llama3", "rope_theta": 1e4, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **scaled}
+    check_positions(LlamaConfig(rope_parameters=llama3))
+    factors = {"short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
+    longrope = {"rope_type": "longrope", "rope_theta": 1e4, **factors, **scaled}
+    with pytest.raises(AttentionError, match="LlamaConfig has longrope positions"):
+        check_positions(LlamaConfig(rope_parameters=longrope))
