@@ -40,6 +40,7 @@ ESM2_SIZES = {
     "150M": (30, 640, 20),
     "650M": (33, 1280, 20),
     "3B": (36, 2560, 40),
+    "15B": (48, 5120, 40),
 }
 ESM_IF1_SIZE = dict(
     num_layers=8, width=512, num_heads=8, num_gvp_layers=4, node_dims=(1024, 256), edge_dims=(32, 1), num_neighbors=30

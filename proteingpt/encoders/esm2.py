@@ -6,6 +6,7 @@ The weights may be cast to half precision; the rotary frequencies may not (a bf1
 by tens of percent), and they are those of the file, which were rounded to fp16 before the model was trained on.
 """
 
+import re
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,8 @@ from proteingpt.protein import Protein
 CLS, EOS, UNKNOWN = 0, 2, 3
 _LETTERS = {letter: number for number, letter in enumerate("LAGVSERTIDPKQNFYMHWCXBUZO.-", 4)}
 NUM_TOKENS = 33
-_PREFIX = "encoder.sentence_encoder."
+# fair-esm takes off either (`_load_model_and_alphabet_core_v2`), so that files of any size and origin load.
+_PREFIX = re.compile(r"encoder\.(sentence_encoder\.)?")
 # Predict letters and contacts; they give nothing to the rows, so files with or without them serve.
 _HEADS = ("lm_head.", "contact_head.")
 _SETTINGS = {"encoder_layers": int, "encoder_embed_dim": int, "encoder_attention_heads": int, "token_dropout": bool}
@@ -34,20 +36,12 @@ def tokens_of(sequence: str) -> list[int]:
     return [CLS, *(_LETTERS.get(letter.upper(), UNKNOWN) for letter in sequence), EOS]
 
 
-class ESM2Encoder:
-    """Frozen ESM-2. `width`: columns of a row; `layer`: whose rows they are. Made by `load_esm2`."""
+class ESM2Encoder(weights.FrozenEncoder):
+    """Frozen ESM-2. layer: whose rows they are, of num_layers. Made by `load_esm2`."""
 
     def __init__(self, model, cfg: Namespace, layer: int, files, device: torch.device, dtype: torch.dtype):
-        self.model = model
-        self.width: int = cfg.encoder_embed_dim
-        self.layer = layer
-        self.device, self.dtype = device, dtype
-        self._files: tuple[weights.WeightsFile, ...] = files
-
-    @property
-    def fingerprint(self) -> str:
-        """sha256 of the checkpoint, in hex; computed when first asked for."""
-        return weights.fingerprint(self._files)
+        super().__init__(model, cfg.encoder_embed_dim, files, device, dtype)
+        self.layer, self.num_layers = layer, cfg.encoder_layers
 
     def encode(self, proteins: Sequence[Protein]) -> list[torch.Tensor]:
         """One (L + 2, width) tensor per protein, BOS and EOS rows included, in `dtype` on `device`, without gradient.
@@ -77,7 +71,7 @@ def load_esm2(
     """
     weights.check_backend(backend)
     path = weights.find_weights(name_or_path, weights_dir)
-    files = tuple(map(weights.WeightsFile.at, _files(path)))
+    files = tuple(map(weights.WeightsFile.at, files_of(path)))
     cfg, stored = read_esm2(path)
     layer = cfg.encoder_layers if layer is None else layer
     if not 0 <= layer <= cfg.encoder_layers:
@@ -98,7 +92,7 @@ def load_esm2(
     return ESM2Encoder(model, cfg, layer, files, device, dtype)
 
 
-def _files(path: Path) -> list[Path]:
+def files_of(path: Path) -> list[Path]:
     """What decides the weights: the file, or a directory's configuration and safetensors."""
     return [path / hugging_face.CONFIG, *hugging_face.weight_files(path)] if path.is_dir() else [path]
 
@@ -115,7 +109,7 @@ def read_esm2(path: Path) -> tuple[Namespace, dict[str, torch.Tensor]]:
         weights.check_kind(checkpoint, weights.ESM2, path)
         settings = checkpoint["cfg"]["model"]
         stored = checkpoint["model"].items()
-        found = {name.removeprefix(_PREFIX): value for name, value in stored if name.startswith(_PREFIX)}
+        found = {_PREFIX.sub("", name, count=1): value for name, value in stored if _PREFIX.match(name)}
         found = {name: value for name, value in found.items() if not name.startswith(_HEADS)}
     cfg = weights.read_settings(settings, _SETTINGS, path)
     weights.check_weights(found, esm2_shapes(cfg), path)

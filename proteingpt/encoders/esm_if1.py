@@ -96,19 +96,8 @@ def inputs_of_complex(chains: Sequence[Protein]) -> tuple[np.ndarray, np.ndarray
     return coords, confidence
 
 
-class ESMIF1Encoder:
-    """Frozen encoder half of ESM-IF1. `width`: columns of a row. Made by `load_esm_if1`."""
-
-    def __init__(self, model, args: Namespace, files, device: torch.device, dtype: torch.dtype):
-        self.model = model
-        self.width: int = args.encoder_embed_dim
-        self.device, self.dtype = device, dtype
-        self._files: tuple[weights.WeightsFile, ...] = files
-
-    @property
-    def fingerprint(self) -> str:
-        """sha256 of the checkpoint file, in hex; computed when first asked for."""
-        return weights.fingerprint(self._files)
+class ESMIF1Encoder(weights.FrozenEncoder):
+    """Frozen encoder half of ESM-IF1. Made by `load_esm_if1`."""
 
     def encode(self, proteins: Sequence[Protein]) -> list[torch.Tensor]:
         """One (L + 2, width) tensor per protein, BOS and EOS rows included, in `dtype` on `device`, without gradient.
@@ -164,7 +153,7 @@ def load_esm_if1(
         from proteingpt.encoders.reference import ReferenceESMIF1  # fair-esm is imported for this backend only
 
         model = ReferenceESMIF1(args, list(stored), place, dtype)
-    return ESMIF1Encoder(model, args, (file,), device, dtype)
+    return ESMIF1Encoder(model, args.encoder_embed_dim, (file,), device, dtype)
 
 
 def read_esm_if1(path: Path) -> tuple[Namespace, dict[str, torch.Tensor]]:

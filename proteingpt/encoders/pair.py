@@ -1,4 +1,9 @@
-"""The two frozen encoders as the model wants them: rows of a list of proteins, structure and sequence."""
+"""The two frozen encoders as the model wants them: rows of a list of proteins, structure and sequence.
+
+Each protein is encoded by itself, so that its rows are a function of the protein alone, to the bit: they do not depend on
+what shares its pack, on what an interrupted run had already met, or on whether they come from a cache. Given up: the few
+percent that proteins packed into one forward save on a CPU (more on a GPU; benchmarks/README.md).
+"""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -6,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from proteingpt.config import ConfigError, EncodersConfig
+from proteingpt.config import NO_ENCODER, ConfigError, EncodersConfig
 from proteingpt.encoders.esm2 import load_esm2
 from proteingpt.encoders.esm_if1 import load_esm_if1
 from proteingpt.encoders.weights import find_weights
@@ -15,12 +20,25 @@ from proteingpt.protein import Protein
 Rows = tuple[list[torch.Tensor], list[torch.Tensor]]
 
 
+class NoEncoder:
+    """Stands for an encoder that is left out: no rows, of no width."""
+
+    width, fingerprint = 0, ""
+
+    def __init__(self, device):
+        self.device = torch.device(device)
+
+    def encode(self, proteins: Sequence[Protein]) -> list[torch.Tensor]:
+        return [torch.zeros(0, 0, device=self.device) for _ in proteins]
+
+
 @dataclass(frozen=True)
 class Encoders:
     """structure: ESM-IF1, sequence: ESM-2; outside the engine, on each rank."""
 
     structure: object
     sequence: object
+    read = None  # of a cache: a protein's rows, for the thread that reads ahead
 
     @staticmethod
     def find(config: EncodersConfig):
@@ -28,18 +46,42 @@ class Encoders:
         for name in ("esm2", "esm_if1"):
             value = getattr(config, name)
             if value is None:
-                raise ConfigError(f"encoders.{name} is not set: give a published name or the path of its weights")
-            find_weights(value, config.weights_dir)
+                raise ConfigError(f"encoders.{name} is not set: give a published name, the path of its weights, or none")
+            if value != NO_ENCODER:
+                find_weights(value, config.weights_dir)
 
     @classmethod
     def load(cls, config: EncodersConfig, device) -> "Encoders":
         options = {"weights_dir": config.weights_dir, "device": device, "dtype": getattr(torch, config.dtype)}
         options["backend"] = getattr(config, "backend", "fast")
-        return cls(load_esm_if1(config.esm_if1, **options), load_esm2(config.esm2, **options))
+        structure = sequence = NoEncoder(device)
+        if config.esm_if1 != NO_ENCODER:
+            structure = load_esm_if1(config.esm_if1, **options)
+        if config.esm2 != NO_ENCODER:
+            sequence = load_esm2(config.esm2, layer=getattr(config, "esm2_layer", None), **options)
+        return cls(structure, sequence)
 
     def encode(self, proteins: Sequence[Protein]) -> Rows:
-        """(structure rows, sequence rows), each a list of (L + 2, width) tensors, one for each protein."""
+        """(structure rows, sequence rows), each a list of (L + 2, width) tensors, one for each protein; (0, 0) of an
+        encoder that is left out."""
+        structure = [rows for protein in proteins for rows in self.structure.encode([protein])]
+        return structure, [rows for protein in proteins for rows in self.sequence.encode([protein])]
+
+    def encode_together(self, proteins: Sequence[Protein]) -> Rows:
+        """The same rows but for their rounding, several proteins in a forward."""
         return self.structure.encode(proteins), self.sequence.encode(proteins)
+
+
+def rows_of(pack, encoders, device) -> Rows:
+    """The rows of a pack's proteins on the device: those that the loader has read from a cache, else the encoders'."""
+    if pack.rows is None:
+        return encoders.encode(pack.proteins)
+    return tuple([rows.to(device, non_blocking=True) for rows in part] for part in zip(*pack.rows))
+
+
+def num_encoders(encoders) -> int:
+    """How many of the two give rows, of a pair or what stands for one: each takes L + 2 positions of a prompt."""
+    return sum(bool(part.width) for part in (encoders.structure, encoders.sequence))
 
 
 class Remembering:

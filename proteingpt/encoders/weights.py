@@ -83,6 +83,19 @@ def fingerprint(files: tuple[WeightsFile, ...]) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
+class FrozenEncoder:
+    """What both encoders are beside their forward. width: columns of a row; device, dtype: of the rows."""
+
+    def __init__(self, model, width: int, files: tuple[WeightsFile, ...], device: torch.device, dtype: torch.dtype):
+        self.model, self.width, self.device, self.dtype = model, width, device, dtype
+        self._files = files
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the files that decide the weights, in hex; computed when first asked for."""
+        return fingerprint(self._files)
+
+
 def find_weights(name_or_path: str | Path, weights_dir: str | Path = "weights") -> Path:
     """The checkpoint file for a published name or a path.
 

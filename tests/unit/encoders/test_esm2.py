@@ -134,6 +134,15 @@ def test_letters_are_those_of_fair_esm():
     assert tokens_of(LETTERS) == tokens[0].tolist() == [0, *range(4, 29), 2]
 
 
+def test_a_file_with_the_other_prefix_that_fair_esm_knows_gives_the_same_rows(edited, esm2_file, encoder, make_protein):
+    def shorten(checkpoint):
+        stored = checkpoint["model"]
+        checkpoint["model"] = {name.replace("sentence_encoder.", ""): value for name, value in stored.items()}
+
+    renamed, protein = load_esm2(edited(esm2_file, shorten)), make_protein(30)
+    assert torch.allclose(renamed.encode([protein])[0], encoder.encode([protein])[0], atol=1e-5)
+
+
 def test_unknown_letters_are_one_unk_each():
     unknown = 3
     assert tokens_of("AJJ*1A") == [0, 5, unknown, unknown, unknown, unknown, 5, 2]

@@ -11,7 +11,7 @@ import torch
 from proteingpt.config import ConfigError, EncodersConfig
 from proteingpt.encoders.esm2 import load_esm2
 from proteingpt.encoders.esm_if1 import load_esm_if1
-from proteingpt.encoders.pair import Encoders, Remembering
+from proteingpt.encoders.pair import Encoders, Remembering, num_encoders
 from proteingpt.encoders.weights import WeightsNotFound
 
 
@@ -54,10 +54,40 @@ def alone(encoders, proteins):
 
 def test_structure_rows_are_from_esm_if1_and_sequence_rows_from_esm2(encoders, proteins, esm2_file, esm_if1_file):
     options = {"weights_dir": ".", "device": torch.device("cpu"), "dtype": torch.float32}
-    structure, sequence = encoders.encode(proteins)
+    structure, sequence = encoders.encode_together(proteins)
     assert_equal_rows((structure,), (load_esm_if1(str(esm_if1_file), **options).encode(proteins),))
     assert_equal_rows((sequence,), (load_esm2(str(esm2_file), **options).encode(proteins),))
     assert [len(rows) for rows in structure] == [len(rows) for rows in sequence] == [len(p) + 2 for p in proteins]
+
+
+def test_rows_do_not_depend_on_the_other_proteins_to_the_bit(encoders, proteins):
+    """Packed into one forward they would, in the last bits: so what a pack shares, what a resumed run has met before, and
+    what a cache was made with would show in the losses."""
+    wanted = alone(encoders, proteins)
+    assert_equal_rows(encoders.encode(proteins), wanted)
+    assert_equal_rows(encoders.encode(proteins[::-1]), tuple(part[::-1] for part in wanted))
+    for ours, theirs in zip(encoders.encode_together(proteins), wanted):
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_an_encoder_that_is_left_out_has_no_rows_and_no_weights(config, proteins):
+    for left_out, kept, width in (("esm2", "structure", 64), ("esm_if1", "sequence", 64)):
+        only = dataclasses.replace(config, **{left_out: "none"})
+        Encoders.find(only)
+        encoders = Encoders.load(only, torch.device("cpu"))
+        rows = dict(zip(("structure", "sequence"), encoders.encode(proteins)))
+        assert [r.shape for r in rows.pop(kept)] == [(len(p) + 2, width) for p in proteins]
+        (absent,) = rows.values()
+        assert [r.shape for r in absent] == [(0, 0)] * len(proteins) and num_encoders(encoders) == 1
+    with pytest.raises(ConfigError, match="at least one encoder"):
+        dataclasses.replace(config, esm2="none", esm_if1="none")
+
+
+def test_the_layer_is_a_setting(config, proteins, esm2_file):
+    inner = Encoders.load(dataclasses.replace(config, esm2_layer=1), torch.device("cpu"))
+    wanted = load_esm2(str(esm2_file), layer=1).encode(proteins[:1])
+    assert_equal_rows((inner.encode(proteins[:1])[1],), (wanted,))
+    assert not torch.equal(wanted[0], load_esm2(str(esm2_file)).encode(proteins[:1])[0])
 
 
 def test_the_backend_is_that_of_the_settings_and_the_fast_one_without(config, encoders, proteins):
