@@ -117,7 +117,10 @@ def is_srun_task(env: Mapping[str, str]) -> bool:
 def from_slurm(env: Mapping[str, str]) -> Rank:
     """One srun task a rank. Inside a batch script but outside srun there is no step, and so no ranks."""
     job = int(env.get("SLURM_JOB_ID", 0))
-    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or LOOPBACK
+    # A step's list is in alphabetical order. In a heterogeneous job rank 0 is on the first node of group 0, whatever
+    # its name; elsewhere the first in the alphabet is the first.
+    lists = ("SLURM_JOB_NODELIST_HET_GROUP_0", "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST")
+    nodes = next((env[name] for name in lists if env.get(name)), LOOPBACK)
     return Rank(
         rank=int(env["SLURM_PROCID"]),
         world_size=int(env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"]),
@@ -146,9 +149,11 @@ def start(rank: Rank, timeout_seconds: float = 1800):
     import torch.distributed as dist
 
     on_gpu = torch.cuda.is_available()
+    # Where the launcher shows each rank its own GPU alone (srun --gpus-per-task=1), that is number 0.
+    local_rank = 0 if on_gpu and torch.cuda.device_count() == 1 else rank.local_rank
     if on_gpu:
-        torch.cuda.set_device(rank.local_rank)
-    os.environ["LOCAL_RANK"] = str(rank.local_rank)  # DeepSpeed reads its device from here
+        torch.cuda.set_device(local_rank)
+    os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed reads its device from here
     options = {"backend": "nccl" if on_gpu else "gloo", "timeout": timedelta(seconds=timeout_seconds)}
     if rank.world_size == 1:
         # No port, so that single-process runs never collide.
@@ -156,8 +161,16 @@ def start(rank: Rank, timeout_seconds: float = 1800):
     else:
         # By the environment, since torchrun has opened the port already and says so in a variable of its own.
         os.environ |= {"MASTER_ADDR": rank.master_addr, "MASTER_PORT": str(rank.master_port)}
-        dist.init_process_group(**options, init_method="env://", rank=rank.rank, world_size=rank.world_size)
-    return torch.device("cuda", rank.local_rank) if on_gpu else torch.device("cpu")
+        try:
+            dist.init_process_group(**options, init_method="env://", rank=rank.rank, world_size=rank.world_size)
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise LaunchError(
+                f"port {rank.master_port} of {rank.master_addr} is in use, by another run or program: end it, or choose "
+                "another (deepspeed --master_port N, torchrun --master-port N, or MASTER_PORT=N)"
+            ) from None
+    return torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
 
 
 def stop():

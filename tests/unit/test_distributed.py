@@ -78,6 +78,19 @@ def test_srun_that_speaks_pmi_is_srun():
     assert detect({**SRUN, "PMI_RANK": "3", "PMI_SIZE": "4", "PMI_FD": "12"}) == detect(SRUN)
 
 
+def test_in_a_heterogeneous_job_rank_0_is_in_group_0_whatever_its_nodes_are_called():
+    """As SLURM 22.05 set it for `srun --het-group=0,1` over h100-0 (two tasks, rank 0 first) and a100-0 (one)."""
+    step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "3", "SLURM_NTASKS": "3", "SLURM_JOB_ID": "1", "SLURM_HET_SIZE": "2"}
+    nodes = {
+        "SLURM_STEP_NODELIST": "a100-0,h100-0",
+        "SLURM_JOB_NODELIST_HET_GROUP_0": "h100-0",
+        "SLURM_JOB_NODELIST_HET_GROUP_1": "a100-0",
+    }
+    ranks = [detect({**step, **nodes, "SLURM_PROCID": str(p), "SLURM_LOCALID": str(l)}) for p, l in enumerate([0, 1, 0])]
+    assert [rank.master_addr for rank in ranks] == ["h100-0"] * 3
+    assert [(rank.rank, rank.local_rank) for rank in ranks] == [(0, 0), (1, 1), (2, 0)]
+
+
 def test_jobs_that_share_a_node_do_not_share_a_port_and_stay_below_the_ports_linux_takes():
     ports = {detect({**SRUN, "SLURM_JOB_ID": str(job)}).master_port for job in range(990_000, 990_050)}
     assert len(ports) == 50 and min(ports) >= 1024 and max(ports) < 32768
