@@ -1,12 +1,15 @@
 # make train   sets up .venv if it is missing, then trains the demo (runs/demo)
-# make test    sets up .venv if it is missing, then runs every test
+# make test    sets up .venv if it is missing, then runs the tests: all but the long ones
+#
+# make test-faults    every fault that is injected, the long ones too, and a short soak
+# make test-nightly   the long tests, those of SLURM among them, which apt-get install slurmctld slurmd munge makes possible
 
 PYTHON ?= python3
 BIN := .venv/bin
 # On a machine without an NVIDIA driver the CPU build of torch serves; with one, the default index brings the CUDA build.
 CPU_TORCH := $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu)
 
-.PHONY: setup train test clean
+.PHONY: setup train test test-faults test-nightly clean
 
 setup: .venv/installed
 
@@ -21,7 +24,14 @@ train: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed launch/train.py --ds_config ds_configs/zero2.json --output runs/demo
 
 test: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest tests
+	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest tests -m "not nightly"
+
+test-faults: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest tests/faults
+	PATH="$(CURDIR)/$(BIN):$$PATH" python -m benchmarks.soak --minutes 1 --every 8
+
+test-nightly: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest tests -m nightly
 
 clean:
 	rm -rf runs shards/demo build *.egg-info

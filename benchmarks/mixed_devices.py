@@ -1,27 +1,31 @@
 """Two unlike ranks: tokens per second together, over the sum of what each does alone.
 
-    python -m benchmarks.mixed_devices [--steps 40]
+    python -m benchmarks.mixed_devices [--steps 40] [--rounds 3]
 
 Two real ranks under ds_configs/zero2.json, each on a core of its own. The slow one shares its core with a process that
-only burns time, so it has half of it: a handicap from outside, which no clock in the trainer knows of. Alone, both run
-at once as two worlds of one. Then together, with measured speeds and with an equal split. Then a simulation of larger
-clusters, with published rates and noise.
+only burns time, so it has half of it: a handicap from outside, which no clock in the trainer knows of. A round is three
+runs, one after another: each alone, as two worlds of one *at the same time*, so that what the cores take from each other
+(memory, caches, clock) they take here as well; together with measured speeds; together with an equal split. `ratio` is the
+median over the rounds of together over the sum of the alone of the same round, `limit` what whole packs and those two
+speeds imply, with communication free. Then a simulation of larger clusters, with published rates and noise.
 """
 
 import argparse
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 
 from benchmarks import world
-from proteingpt.data import plan
+from proteingpt.data import shares as sharing
 
 REPOSITORY = Path(__file__).parents[1]
 WARM_STEPS = 15  # until the ranks have measured each other and shared out anew
@@ -72,7 +76,8 @@ def work(directory: Path, core: int, steps: int, balance_mode: str) -> dict:
     rank = detect(os.environ)
     device = start(rank)
     stage = StageConfig(
-        **{**world.STAGE, "epochs": 1000}, max_steps=steps, tokens_per_step=12 * 1024, tokens_per_pack=1024, questions_per_group=8
+        **{**world.STAGE, "epochs": 1000}, max_steps=steps, tokens_per_step=24 * 768, tokens_per_pack=768,
+        questions_per_group=8,
     )
     prompt = Prompt(assemble.load_tokenizer(str(directory / "llm")), TEMPLATES["released", "instruct"], 256)
     shards = ShardSet(directory, "train")
@@ -89,20 +94,25 @@ def work(directory: Path, core: int, steps: int, balance_mode: str) -> dict:
     )  # fmt: skip
     engine = Engine(model, stage, ds_config)
     balance = Balance(DevicesConfig(balance=balance_mode), device)
-    reports = []
+    reports, waiting = [], []
 
     class Recorder:
         def step(self, number, report):
             reports.append(report)
 
+        def ranks(self, step, exchanged):
+            waiting.append(exchanged.waiting)
+
     def share(step: int) -> Share:
         return Share(rank.rank, balance.speeds(step), [None] * rank.world_size, False)
 
-    ahead = prefetch(lambda step: steps_plan.work(step, share(step)), 0, steps)
+    def read(first: int):
+        return prefetch(lambda step: steps_plan.work(step, share(step)), first, steps)
+
     engine.module.train()
     encoders = Remembering(pair, 2**30)
     train(
-        engine, encoders, ahead, stage, Recorder(), balance, device, first_step=0, num_steps=steps,
+        engine, encoders, read, stage, Recorder(), balance, device, first_step=0, num_steps=steps,
         after_step=lambda step: None,
     )  # fmt: skip
     counted = reports[WARM_STEPS:]
@@ -110,6 +120,8 @@ def work(directory: Path, core: int, steps: int, balance_mode: str) -> dict:
         "tokens_per_second": sum(r.num_tokens for r in counted) / sum(r.seconds for r in counted),
         "waiting_share": sum(r.waiting_seconds for r in counted) / sum(r.seconds for r in counted),
         "speeds": balance.agreed[-1][1],
+        "not_computing": waiting[-1] if waiting else None,
+        "pack_tokens": [steps_plan.packs(step)[1] for step in range(WARM_STEPS, steps)],
     }
 
 
@@ -125,28 +137,47 @@ def together(directory: Path, cores: list[int], steps: int, balance: str) -> dic
     return [result(process) for process in ranks][0]
 
 
-def measure(directory: Path, steps: int) -> dict:
+def limit(pack_tokens: list[list[int]], speeds: list[float]) -> float:
+    """Share of the summed speeds that whole packs allow, shared out by those very speeds, nothing else costing time."""
+    total = sum(map(sum, pack_tokens))
+    seconds = 0.0
+    for tokens in pack_tokens:
+        shares = sharing.assign(tokens, speeds)
+        seconds += max(sum(tokens[p] for f in share for p in f) / speed for share, speed in zip(shares, speeds))
+    return total / seconds / sum(speeds)
+
+
+def one_round(directory: Path, fast: int, slow: int, steps: int) -> dict:
+    ranks = [start_rank(directory, 0, 1, core, free_port(), steps, "equal") for core in (fast, slow)]
+    alone = [result(process)["tokens_per_second"] for process in ranks]
+    measured = together(directory, [fast, slow], steps, "measured")
+    equal = together(directory, [fast, slow], steps, "equal")
+    return {
+        "ratio": measured["tokens_per_second"] / sum(alone),
+        "limit": limit(measured["pack_tokens"], alone),
+        "equal_split": equal["tokens_per_second"] / sum(alone),
+        "equal_split_limit": 2 * min(alone) / sum(alone),
+        "slow_over_fast": alone[1] / alone[0],
+        "measured_slow_over_fast": measured["speeds"][1] / measured["speeds"][0],
+        "together_tokens_per_second": measured["tokens_per_second"],
+        "alone_tokens_per_second": alone,
+        "waiting_for_data_share": measured["waiting_share"],
+        "not_computing_share": measured["not_computing"],
+    }
+
+
+def measure(directory: Path, steps: int, num_rounds: int) -> dict:
     world.write_world(directory, 24, width=96, num_layers=2, longest=150)
     fast, slow = sorted(os.sched_getaffinity(0))[:2]
     burner = multiprocessing.Process(target=burn, args=(slow,), daemon=True)
     burner.start()
     try:
-        ranks = [start_rank(directory, 0, 1, core, free_port(), steps, "equal") for core in (fast, slow)]
-        alone = [result(process)["tokens_per_second"] for process in ranks]
-        measured = together(directory, [fast, slow], steps, "measured")
-        equal = together(directory, [fast, slow], steps, "equal")
+        rounds = [one_round(directory, fast, slow, steps) for _ in range(num_rounds)]
     finally:
         burner.terminate()
         burner.join()
-    return {
-        "ratio": measured["tokens_per_second"] / sum(alone),
-        "equal_split": equal["tokens_per_second"] / sum(alone),
-        "slow_over_fast": alone[1] / alone[0],
-        "alone_tokens_per_second": alone,
-        "together_tokens_per_second": measured["tokens_per_second"],
-        "waiting_for_data_share": measured["waiting_share"],
-        "agreed_speeds": measured["speeds"],
-    }
+    plain = [name for name, value in rounds[0].items() if isinstance(value, float)]
+    return {**{name: median(done[name] for done in rounds) for name in plain}, "rounds": rounds}
 
 
 # ------------------------------------------------------------------------------------------------------- simulation
@@ -159,7 +190,7 @@ def simulate(speeds: list[float], num_packs: int, noise: float, steps: int = 200
     agreed, reached = list(speeds), []
     for step in range(steps):
         true = np.array(speeds) * np.exp(noise * rng.normal(size=len(speeds)))
-        shares = plan.assign([1] * num_packs, agreed)
+        shares = sharing.assign([1] * num_packs, agreed)
         counts = np.array([sum(len(forward) for forward in share) for share in shares])
         reached.append(num_packs / sum(speeds) / (counts / true).max())
         if step % 5 == 0:
@@ -181,6 +212,7 @@ def simulations() -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--core", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--balance", default="measured", help=argparse.SUPPRESS)
@@ -188,13 +220,19 @@ def main():
     if args.worker:
         print(json.dumps(work(args.worker, args.core, args.steps, args.balance)))
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what burns time is ended with it
     with tempfile.TemporaryDirectory() as directory:
-        figures = measure(Path(directory), args.steps)
+        figures = measure(Path(directory), args.steps, args.rounds)
     figures["simulated"] = simulations()
-    fast, slow = figures["alone_tokens_per_second"]
     lines = [
-        f"alone: fast {fast:,.0f} tokens/s, slow {slow:,.0f} ({figures['slow_over_fast']:.2f} of it)",
-        f"together, measured speeds: {figures['ratio']:.3f} of the sum; equal split: {figures['equal_split']:.3f}",
+        *(
+            "alone at the same time: fast {:,.0f} tokens/s, slow {:,.0f}; together {:.3f} of the sum (whole packs allow "
+            "{:.3f}); equal split {:.3f} (allowed: {:.3f})".format(
+                *done["alone_tokens_per_second"], *(done[n] for n in ("ratio", "limit", "equal_split", "equal_split_limit"))
+            )
+            for done in figures["rounds"]
+        ),
+        f"median: {figures['ratio']:.3f} of the sum, equal split {figures['equal_split']:.3f}",
         *(f"simulated, {name}: {share:.3f} of the sum" for name, share in figures["simulated"].items()),
     ]
     world.print_figures(lines, figures)

@@ -2,7 +2,7 @@
 
 import sys
 
-from proteingpt.training.run import main
+from proteingpt.training.restarts import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -21,8 +21,9 @@ from proteingpt.data.prompts import TEMPLATES, Prompt
 from proteingpt.data.shards import ShardSet
 from proteingpt.encoders.pair import Encoders, Remembering
 from proteingpt.model import assemble
+from proteingpt.protein import PrefixLength
 from proteingpt.training.balance import Balance
-from proteingpt.training.engine import Engine, precision
+from proteingpt.training.engine import KEPT_AT_MOST, Engine, gathered, precision, sharded_loading
 from proteingpt.training.loop import train
 from proteingpt.training.schedule import learning_rate
 
@@ -39,7 +40,7 @@ STAGE = dict(
 class Case:
     """assets: of demo.assets.make_assets; llm: a model directory. zero: the DeepSpeed JSON's zero_optimization.
     more: of that JSON, as items. speeds: of the ranks, as the plan is told; equal where none are given.
-    tokens_per_forward: of every rank."""
+    tokens_per_forward: of every rank. kept_at_most: trained values whose gradients an engine keeps to itself."""
 
     assets: str
     llm: str
@@ -51,10 +52,17 @@ class Case:
     more: tuple = ()
     speeds: tuple = ()
     tokens_per_forward: int | None = None
+    kept_at_most: int = KEPT_AT_MOST
+    model: tuple = ()  # further fields of ModelConfig, as items
 
     @property
     def stage_config(self) -> StageConfig:
         return StageConfig(**{**STAGE, **dict(self.stage)})
+
+    @property
+    def model_config(self) -> ModelConfig:
+        recomputes = self.activation_checkpointing
+        return ModelConfig(llm=self.llm, train=self.train, activation_checkpointing=recomputes, **dict(self.model))
 
     @property
     def ds_config(self) -> dict:
@@ -66,12 +74,15 @@ class Recorder:
     """What the loop asks of a Monitor."""
 
     def __init__(self):
-        self.losses, self.grad_norms, self.samples = [], [], []
+        self.losses, self.grad_norms, self.samples, self.exchanged = [], [], [], []
 
     def step(self, number, report):
         self.losses.append(report.loss)
         self.grad_norms.append(report.grad_norm)
         self.samples.append(report.num_samples)
+
+    def ranks(self, step, exchanged):
+        self.exchanged.append((step, exchanged))
 
 
 class SmallRun:
@@ -91,46 +102,55 @@ class SmallRun:
 
     def stage_data(self, shards: ShardSet) -> StageData:
         index = build_index(shards, "instruct", self.prompt)
-        return StageData(shards, index, self.prompt.prefix_ids, np.arange(len(shards)))
+        length = PrefixLength(2, self.case.model_config.projector_tokens)
+        return StageData(shards, index, self.prompt.prefix_ids, np.arange(len(shards)), prefix_length=length)
 
     def model(self):
-        config = ModelConfig(
-            llm=self.case.llm, train=self.case.train, activation_checkpointing=self.case.activation_checkpointing
-        )
         pair = self.encoders.encoders
         return assemble.build_model(
-            config, pair.structure.width, pair.sequence.width, precision(self.case.ds_config), SEED
-        )
+            self.case.model_config, pair.structure.width, pair.sequence.width, precision(self.case.ds_config), SEED,
+            whole=gathered,
+        )  # fmt: skip
 
     def engine(self, state=None, steps_done: int = 0) -> Engine:
         """As training/run.py makes it: fresh, or from the state of a checkpoint."""
-        model = self.model()
+        with sharded_loading(self.case.ds_config):
+            model = self.model()
         if state:
-            assemble.set_weights(model, state["weights"])
-        engine = Engine(model, self.stage, self.case.ds_config)
+            assemble.set_weights(model, state["weights"], gathered)
+        engine = Engine(model, self.stage, self.case.ds_config, self.case.kept_at_most)
         if state:
             engine.set_state(state, steps_done)
         engine.module.train()
         return engine
 
-    def work(self, engine: Engine, rank, step: int) -> Work:
-        """This rank's part of a step."""
-        speeds = list(self.case.speeds) or [1.0] * rank.world_size
+    def work(self, engine: Engine, rank, step: int, balance: Balance | None = None) -> Work:
+        """This rank's part of a step; shared out by the balance's limits, and by its speeds where the case has none."""
+        measured = balance.speeds(step) if balance else [1.0] * rank.world_size
+        speeds = list(self.case.speeds) or measured
         capacities = [self.case.tokens_per_forward] * rank.world_size
+        capacities = balance.limited(capacities) if balance else capacities
         return self.plan.work(step, Share(rank.rank, speeds, capacities, engine.is_sharded))
 
     def groups(self, step: int) -> list[tuple[int, tuple[int, ...]]]:
         """All groups of a step, as the plan is told nothing of ranks."""
         return list(itertools.chain(*self.plan.packs(step)[0]))
 
-    def train(self, engine: Engine, rank, device, first_step: int = 0, encoders=None, after_step=lambda step: None):
+    def train(
+        self, engine: Engine, rank, device, first_step: int = 0, encoders=None, after_step=lambda step: None, guard=None,
+        balance=None, set_aside=lambda step, keys, why: None,
+    ):  # fmt: skip
         """The real loop, from first_step to the stage's end."""
         last = self.plan.num_steps
-        work = (self.work(engine, rank, step) for step in range(first_step, last))
+        balance = balance or Balance(DevicesConfig(balance="equal"), device)
+
+        def read(first: int):
+            return (self.work(engine, rank, step, balance) for step in range(first, last))
+
         recorder = Recorder()
         train(
-            engine, encoders or self.encoders, work, self.stage, recorder, Balance(DevicesConfig(), device), device,
-            first_step=first_step, num_steps=last, after_step=after_step,
+            engine, encoders or self.encoders, read, self.stage, recorder, balance, device, first_step=first_step,
+            num_steps=last, after_step=after_step, guard=guard, set_aside=set_aside,
         )  # fmt: skip
         return recorder
 
@@ -159,8 +179,12 @@ def train_on_rank(rank, device, case: Case, first_step: int = 0, state=None, sav
 # ------------------------------------------------------------------------------------------- the plain definition
 
 
-def plain_losses(case: Case) -> tuple[list[float], list[float]]:
-    """(loss per answer token, gradient norm before clipping) of each step, one question at a time."""
+def plain_losses(
+    case: Case, left_out: frozenset[str] = frozenset(), skipped: frozenset[int] = frozenset()
+) -> tuple[list[float], list[float]]:
+    """(loss per answer token, gradient norm before clipping) of each step, one question at a time. left_out: keys of
+    samples of weight 0: the gradient is still per answer token of the whole step, the loss shown is of those that count.
+    skipped: steps that are not taken."""
     run, stage = SmallRun(case), case.stage_config
     tokenizer = AutoTokenizer.from_pretrained(case.llm)
     llm = AutoModelForCausalLM.from_pretrained(case.llm, dtype=torch.float32, attn_implementation="eager")
@@ -175,21 +199,23 @@ def plain_losses(case: Case) -> tuple[list[float], list[float]]:
         betas=stage.betas,
     )
     losses, norms = [], []
-    for step in range(run.plan.num_steps):
+    for step in sorted(set(range(run.plan.num_steps)) - skipped):
         questions = [
             (run.shards.read(sample).protein, run.shards.read_text(sample)[1][turn])
             for sample, turns in run.groups(step)
             for turn in turns
         ]
         terms = [plain_question(llm, projector, tokenizer, run, *question) for question in questions]
-        loss = sum(term for term, _ in terms) / sum(count for _, count in terms)
+        heard = [term for (protein, _), term in zip(questions, terms) if protein.key not in left_out]
+        num_tokens = sum(count for _, count in terms)
+        loss = sum(term for term, _ in heard) / num_tokens
         optimizer.zero_grad()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(trained, 1.0)))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, run.plan.num_steps, stage)
         optimizer.step()
-        losses.append(float(loss.detach()))
+        losses.append(float(loss.detach()) * num_tokens / sum(count for _, count in heard))
     return losses, norms
 
 
@@ -203,10 +229,13 @@ def plain_question(llm, projector, tokenizer, run: SmallRun, protein, turn):
     before = [tokenizer.bos_token_id, *ids("###Human: <protein>")]
     after = ids(f"</protein> {turn.question} ###Assistant: ")
     answer = ids(f"{turn.answer}###")[: run.stage.max_answer_tokens]
-    rows = torch.cat(
-        [structure @ projector.structure.weight.T + projector.structure.bias]
-        + [sequence @ projector.sequence.weight.T + projector.sequence.bias]
-    )
+    if run.case.model_config.projector == "linear":
+        rows = torch.cat(
+            [structure @ projector.structure.weight.T + projector.structure.bias]
+            + [sequence @ projector.sequence.weight.T + projector.sequence.bias]
+        )
+    else:
+        rows = projector([structure], [sequence])  # of one protein; tests/unit/model/test_projector.py writes it out
     table = llm.get_input_embeddings().weight
     embeddings = torch.cat([table[before], rows, table[after + answer]])
     logits = llm(inputs_embeds=embeddings[None]).logits[0]

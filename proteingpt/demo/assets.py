@@ -83,7 +83,7 @@ def with_assets(config: RunConfig) -> RunConfig:
         encoders=fill(
             config.encoders, esm2=str(directory / "esm2_demo.pt"), esm_if1=str(directory / "esm_if1_demo.pt")
         ),
-        data=fill(config.data, shards=str(directory)),
+        data=config.data if config.data.mixture else fill(config.data, shards=str(directory)),
     )
 
 

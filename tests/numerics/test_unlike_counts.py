@@ -34,11 +34,13 @@ def train_on_rank(rank, device, case: Case) -> dict:
 
 @pytest.fixture(scope="module")
 def make_case(demo_assets, qwen2):
-    def make(zero="zero0", train="full", speeds=(), bf16=False, tokens_per_forward=None, more=(), **stage) -> Case:
+    def make(
+        zero="zero0", train="full", speeds=(), bf16=False, tokens_per_forward=None, more=(), kept_at_most=2**28, **stage
+    ) -> Case:
         stage = tuple({**STAGE, **stage}.items())
         options = zero_options(zero)
         return Case(str(demo_assets), str(qwen2), train, options, bf16, stage=stage, more=more, speeds=speeds,
-                    tokens_per_forward=tokens_per_forward)  # fmt: skip
+                    tokens_per_forward=tokens_per_forward, kept_at_most=kept_at_most)  # fmt: skip
 
     return make
 
@@ -85,6 +87,13 @@ def test_each_rank_runs_its_own_number_of_forwards(worlds, make_case, plain, zer
     check(by_rank, plain(train))
 
 
+@pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero2_offload"])
+def test_so_where_the_gradients_are_too_large_to_keep_and_go_to_deepspeed_as_they_are_made(worlds, make_case, plain, zero):
+    by_rank = run(worlds(3), make_case(zero, "full", SPEEDS[3], kept_at_most=0))
+    assert COUNTS[3] in counts_of(by_rank)
+    check(by_rank, plain("full"))
+
+
 @pytest.mark.parametrize("train", ["full", "projector"])
 @pytest.mark.parametrize("num_ranks", SPEEDS)
 def test_under_zero_3_the_counts_are_equal_and_the_rest_is_silent(worlds, make_case, plain, num_ranks, train):
@@ -103,7 +112,7 @@ def test_a_rank_that_gets_nothing_beside_ones_that_run_several(worlds, make_case
     check(by_rank, plain("full"))
 
 
-@pytest.mark.parametrize("zero", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("zero", ["zero1", "zero2", "zero3", "zero3_offload"])
 def test_counts_that_change_from_step_to_step(worlds, make_case, plain, zero):
     """Five or six packs of unlike lengths, joined where they fit: one forward on all ranks here, several there."""
     stage = {"samples_per_step": 12, "questions_per_group": 3, "tokens_per_pack": 300}

@@ -9,9 +9,9 @@ import torch
 
 from proteingpt.config import DevicesConfig
 from proteingpt.data.loader import prefetch
-from proteingpt.data.plan import assign
+from proteingpt.data.shares import assign
 from proteingpt.training import balance as balance_module
-from proteingpt.training.balance import DEVICE_SPEEDS, IGNORED, LAG, MEMORY, Balance, first_guess
+from proteingpt.training.balance import DEVICE_SPEEDS, IGNORED, LAG, MEMORY, STAYS, Balance, behind, first_guess
 
 DEPTH = inspect.signature(prefetch).parameters["depth"].default
 
@@ -156,6 +156,65 @@ def test_a_rank_that_slows_to_half_is_relieved_within_20_steps(worlds, slow_from
 def test_equal_shares_stay_equal_beside_a_slow_rank(worlds):
     counts = worlds(2)(train_with_a_slow_rank, DevicesConfig(balance="equal"), 10, 40)[0]
     assert set(counts) == {(12, 12)}
+
+
+# ------------------------------------------------------------------------------------- behind its class, and limits
+
+
+@pytest.mark.parametrize(
+    "speeds, classes, wanted",
+    [
+        ([100, 100, 100, 40], "aaaa", [3]),
+        ([100, 100, 100, 76], "aaaa", []),
+        ([100, 40], "aa", [1]),
+        ([100, 40], "ab", []),  # another kind of device: not slow, only slower
+        ([100, 100, 40, 40, 20], "aabbb", [4]),
+        ([100, 100, 10, 10], "aaaa", [2, 3]),
+        ([5], "a", []),
+    ],
+)
+def test_a_rank_is_behind_the_median_of_its_fellows(speeds, classes, wanted):
+    assert behind(speeds, list(classes)) == wanted
+
+
+def stay_behind(rank, device, rates) -> tuple[list, list]:
+    balance, seen = Balance(DevicesConfig(exchange_every_steps=1), device), []
+    for step, rate in enumerate(rates[rank.rank]):
+        balance.observe(int(rate), 1.0, 4.0)
+        exchanged = balance.exchange(step + 1)
+        seen.append(exchanged and (exchanged.slow, exchanged.waiting))
+    return seen
+
+
+def test_a_rank_that_stays_behind_is_named_until_it_is_not(worlds):
+    """Rates count from the third step on; then the median of up to five."""
+    rates = [[1000.0] * 16, [500.0] * 8 + [1000.0] * 8]
+    first, second = worlds(2)(stay_behind, rates)
+    assert first == second and first[:IGNORED] == [None] * IGNORED
+    slow = [one[0] for one in first[IGNORED:]]
+    named = [n for n, ranks in enumerate(slow) if ranks]
+    assert named[0] == STAYS - 1 and all(slow[n] == [1] for n in named)
+    # Eight slow steps, of which two are not looked at; three of five must be fast again.
+    assert named[-1] == 6 + MEMORY // 2 - 1
+    assert first[-1][1] == [0.75, 0.75]  # one second of four is work
+
+
+def lower_and_share(rank, device, saved) -> tuple:
+    balance = Balance(DevicesConfig(), device, None, saved)
+    begun = list(balance.limits)
+    balance.lower(1, 1000)
+    once = list(balance.limits)
+    balance.lower(1, 300)
+    balance.lower(1, 5000)
+    return begun, once, balance.limits, balance.limited([4096, 100]), balance.limited([None, None])
+
+
+def test_a_limit_is_half_of_what_did_not_fit_and_never_rises(worlds):
+    assert worlds(2)(lower_and_share, None)[0] == (
+        [None, None], [None, 500], [None, 150], [4096, 100], [None, 150],
+    )  # fmt: skip
+    assert worlds(2)(lower_and_share, [70, None])[0][3] == [70, 100]
+    assert worlds(2)(lower_and_share, [70, None, 9])[0][0] == [None, None]  # of another number of ranks
 
 
 # ------------------------------------------------------------------------------------------------------ read ahead

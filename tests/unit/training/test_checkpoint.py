@@ -2,9 +2,13 @@
 
 import json
 import logging
+import os
+import resource
+import signal
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from proteingpt.training import checkpoint
 from proteingpt.training.checkpoint import CheckpointError, Progress, newest_valid, save, verify
@@ -153,17 +157,89 @@ def test_a_step_beyond_eight_digits_is_the_newest(tmp_path):
     assert newest_valid(tmp_path) == newest
 
 
-def test_a_failed_save_leaves_the_old_one(two, monkeypatch):
-    """A full disk in the middle of a save of the same step."""
+def test_a_failed_save_leaves_the_old_one_and_nothing_of_itself(two):
+    """For real: files may grow to 100 bytes only, as on a disk without room."""
     folder, _, newer = two
-
-    def full(path):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "fsync", full)
-    with pytest.raises(OSError):
-        save(folder, make_state(3), progress(20), keep_last=5)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match="step-00000020 cannot be written"):
+            save(folder, make_state(3), progress(20), keep_last=5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
     assert newest_valid(folder) == newer and same(checkpoint.read_state(newer), make_state(20))
+    assert not list(folder.glob(".*"))
+
+
+def test_odd_times_of_files_change_nothing(tmp_path):
+    """A clock that was set back, or runs ahead: steps tell the order."""
+    for step, when in ((10, 4_000_000_000), (20, 86_400), (30, 1_000_000_000)):
+        path = save(tmp_path, make_state(step), progress(step), keep_last=2)
+        for file in (*path.iterdir(), path):
+            os.utime(file, (when, when))
+    assert newest_valid(tmp_path).name == "step-00000030"
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000020", "step-00000030"]
+
+
+def test_the_best_is_kept_beside_the_last(tmp_path):
+    for step in range(1, 7):
+        path = save(tmp_path, make_state(step), progress(step), keep_last=2)
+        if step in (2, 3):
+            checkpoint.mark_best(path, "loss", 1.0 / step)
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000003", "step-00000005", "step-00000006"]
+    assert checkpoint.read_best(tmp_path) == {"checkpoint": "step-00000003", "metric": "loss", "value": 1 / 3}
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"checkpoint": "../../x", "metric": "loss", "value": 1.0}', "[" * 100_000])
+def test_a_mark_of_the_best_that_cannot_be_is_none(two, text):
+    folder, *_ = two
+    (folder / "best.json").write_text(text)
+    assert checkpoint.read_best(folder) is None
+
+
+HOSTILE = {
+    "stage": [1, None], "steps_done": [-1, 2.5, True, "10", 2**60, None], "plan": [None, 7], "speeds": ["fast", [[0]],
+    [[0, ["x"]]], [[0, [float("nan")]]], [[-1, [1.0]]], {"0": 1}], "identity": [[], {"data": 7}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name, values in HOSTILE.items() for value in values], ids=repr)
+def test_a_description_whose_values_cannot_be_is_broken(two, name, value):
+    folder, older, newer = two
+    description = json.loads((newer / "checkpoint.json").read_text())
+    (newer / "checkpoint.json").write_text(json.dumps({**description, name: value}))
+    with pytest.raises(CheckpointError, match=f"has a {name} that cannot be"):
+        verify(newer)
+    assert newest_valid(folder) == older
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"a": ' * 100_000, "1" * 100_000, " " * (2**24 + 1)], ids=len)
+def test_a_description_that_would_exhaust_the_parser_is_broken(two, text):
+    folder, older, newer = two
+    (newer / "checkpoint.json").write_text(text)
+    assert newest_valid(folder) == older
+
+
+def test_a_checkpoint_is_compared_with_what_trains_before_it_is_loaded(two):
+    _, _, newer = two
+    shapes = {"projector.structure.weight": (3, 5), "projector.structure.bias": (3,)}
+    checkpoint.check_fits(newer, shapes)
+    for wrong in ({**shapes, "projector.structure.bias": (4,)}, {**shapes, "more": (1,)}, {"projector.structure.bias": (3,)}):
+        with pytest.raises(CheckpointError, match="does not fit what trains here"):
+            checkpoint.check_fits(newer, wrong)
+    save_file({name: torch.zeros(shape, dtype=torch.float16) for name, shape in shapes.items()}, newer / "exp_avg.safetensors")
+    with pytest.raises(CheckpointError, match="exp_avg.safetensors, .* is .'F16'"):
+        checkpoint.check_fits(newer, shapes)
+
+
+def test_what_a_run_was_made_of_is_compared_by_name():
+    saved, found = {"data": "a" * 64, "esm2": "b" * 64, "older": "x"}, {"data": "c" * 64, "esm2": "b" * 64, "llm": "d"}
+    (line,) = checkpoint.identity_differences(saved, found)
+    assert line == f"data has changed (was {'a' * 12}, is {'c' * 12})"
+    assert checkpoint.identity_differences(saved, found, allowed=("data",)) == []
+    assert checkpoint.identity_differences(None, found) == []
 
 
 def test_broken_ones_of_later_steps_do_not_push_a_whole_one_out(tmp_path):

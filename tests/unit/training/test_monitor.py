@@ -42,7 +42,7 @@ def test_a_step_is_written_at_the_number_of_steps_done(tmp_path):
     made.close()
     by_hand = {
         "loss": 2.5, "learning_rate": 1e-4, "gradient_norm": 0.5, "tokens_per_second": 500.0, "samples_per_second": 8.0,
-        "step_seconds": 2.0, "waiting_for_data_share": 0.25,
+        "step_seconds": 2.0, "waiting_for_data_share": 0.25, "encoders_share": 0.0,
     }  # fmt: skip
     for tag, value in by_hand.items():
         assert curve(tmp_path / "align", tag) == [(1, pytest.approx(value))]
@@ -152,3 +152,45 @@ def test_memory_is_the_peak_that_the_kernel_reports():
     with open("/proc/self/status") as status:
         kibibytes = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
     assert memory_bytes() == pytest.approx(kibibytes * 1024, rel=0.05)
+
+
+# ------------------------------------------------------------------------------------------------- what may go wrong
+
+
+def test_a_disk_that_takes_no_curves_does_not_end_the_training_and_is_tried_again(tmp_path, clock, caplog):
+    (tmp_path / "align").write_text("a file where the directory should be")
+    made = Monitor(tmp_path, "align", 0, 9, enabled=True)
+    for step in (1, 2):
+        made.step(step, report())
+        made.texts(step, ["text"])
+    assert caplog.text.count("TensorBoard's files cannot be written") == 1
+    (tmp_path / "align").unlink()
+    clock.now += 61
+    made.step(3, report())
+    made.close()
+    assert curve(tmp_path / "align", "loss") == [(3, 2.5)]
+
+
+def test_a_log_on_a_full_disk_does_not_end_the_training(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        full = open("/dev/full", "w", buffering=1)
+        patched.setattr("sys.stderr", full)
+        made = Monitor(tmp_path, "align", 0, 1, enabled=True)
+        made.step(1, report())
+        made.close()
+    with pytest.raises(OSError, match="No space left"):  # it was tried for real
+        full.close()
+    assert curve(tmp_path / "align", "loss") == [(1, 2.5)]
+
+
+def test_a_clock_that_was_set_back_does_not_disturb_the_order_of_the_curves(tmp_path):
+    """Five steps under a clock that is ahead, by the file's name; then resumed at three."""
+    for first, loss in ((0, 9.0), (3, 1.0)):
+        made = Monitor(tmp_path, "align", first, 6, enabled=True)
+        for step in range(first + 1, 6):
+            made.step(step, report(loss))
+        made.close()
+        if first == 0:
+            (path,) = (tmp_path / "align").iterdir()
+            path.rename(path.with_name(path.name.replace(path.name.split(".")[3], "4000000000", 1)))
+    assert curve(tmp_path / "align", "loss") == [(1, 9.0), (2, 9.0), (3, 9.0), (4, 1.0), (5, 1.0)]

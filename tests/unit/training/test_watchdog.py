@@ -1,0 +1,70 @@
+"""What a hang is said to be, by hand; the stacks of a process that hangs are in tests/faults."""
+
+import os
+
+import pytest
+
+from proteingpt.distributed import Rank
+from proteingpt.training.signals import StopRequest
+from proteingpt.training.watchdog import Watchdog, hang_message, silent_ranks
+
+
+def said(pid: int, doing: str) -> dict:
+    return {"pid": pid, "host": "node1", "doing": doing}
+
+
+def test_who_has_not_been_heard_is_silent():
+    heard = {0: ({}, 100.0), 1: ({}, 95.0), 2: ({}, 89.9)}
+    assert silent_ranks(heard, 100.0, 10.0) == [2]
+    assert silent_ranks(heard, 100.0, 4.0) == [1, 2]
+
+
+def test_the_message_names_the_silent_first_and_what_all_were_at():
+    heard = {0: (said(11, "instruct, after step 7"), 0.4), 1: (said(12, "instruct, after step 7"), 31.0)}
+    message = hang_message(heard, [1], 30.0)
+    assert message.startswith("the run hangs: nothing has gone on for 30 s (devices.hang_seconds); rank 1 (pid 12 on node1)")
+    assert "no sign of life for 31 s" in message and message.index("rank 1 (pid") < message.index("rank 0 is at: instruct")
+
+
+def test_without_others_it_is_said_all_the_same():
+    assert "the run hangs: nothing has gone on for 5 s" in hang_message({}, [], 5.0)
+
+
+@pytest.fixture
+def watchdog():
+    made = Watchdog(Rank(0, 1, 0, "127.0.0.1", 0, "none"), StopRequest(), hang_seconds=None)
+    yield made
+    made.close()
+
+
+def test_a_run_that_did_not_hang_leaves_no_stacks(watchdog, tmp_path):
+    watchdog.keep_stacks_in(tmp_path)
+    assert (tmp_path / "stacks/rank-0.txt").is_file()
+    watchdog.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stack_is_written_on_the_signal_by_which_others_ask_for_it(watchdog, tmp_path):
+    from proteingpt.training.watchdog import STACK_SIGNAL
+
+    watchdog.keep_stacks_in(tmp_path)
+    os.kill(os.getpid(), STACK_SIGNAL)
+    text = (tmp_path / "stacks/rank-0.txt").read_text()
+    assert "test_a_stack_is_written_on_the_signal" in text and "most recent call first" in text
+
+
+def test_what_all_find_out_is_said_once(worlds):
+    answers = worlds(2)(say_on_rank)
+    assert sorted(answers) == [[False, False], [True, True]] or sorted(map(sum, answers)) == [1, 1]
+
+
+def say_on_rank(rank, device) -> list[bool]:
+    made = Watchdog(rank, StopRequest(), None)
+    try:
+        return [made.says_first(message) for message in ("no such shard", "another error")]
+    finally:
+        import torch.distributed as dist
+
+        dist.barrier()
+        made.close()
+        dist.barrier()
