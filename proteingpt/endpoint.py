@@ -360,6 +360,10 @@ class Client:
             raise InvalidAnswer("the answer holds the key")
         return content
 
+    def request(self, body: bytes, meter: list[Tokens]) -> bytes:
+        """The reply to a request of another kind, such as for embeddings; raises as `complete`, and RequestRefused."""
+        return self._send(body, meter)
+
     def _complete(self, prompt: str, meter: list[Tokens]) -> bytes:
         dialect = self._dialect
         while True:

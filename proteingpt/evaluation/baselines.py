@@ -29,12 +29,26 @@ def blind_accuracy(training_turns: Iterable[Turn], test_turns: Iterable[Turn]) -
     a blind model, so the baseline is not made to look worse than it is.
     Raises ValueError where there are no training turns or no test turns.
     """
-    training_turns, test_turns = list(training_turns), list(test_turns)
-    if not training_turns:
-        raise ValueError("no training turns: the blind baseline needs at least one answer to learn from")
-    guesses = blind_answers(training_turns)
-    fallback = _commonest([turn.answer for turn in training_turns])
-    return accuracy([guesses.get(turn.question, fallback) for turn in test_turns], [turn.answer for turn in test_turns])
+    test_turns = list(test_turns)
+    guess = BlindGuess(training_turns)
+    return accuracy([guess(turn.question) for turn in test_turns], [turn.answer for turn in test_turns])
+
+
+class BlindGuess:
+    """question -> `blind_answers`, or the commonest answer over all questions where training did not hold it.
+
+    Raises ValueError where there are no training turns.
+    """
+
+    def __init__(self, training_turns: Iterable[Turn]):
+        training_turns = list(training_turns)
+        if not training_turns:
+            raise ValueError("no training turns: the blind baseline needs at least one answer to learn from")
+        self.guesses = blind_answers(training_turns)
+        self.fallback = _commonest([turn.answer for turn in training_turns])
+
+    def __call__(self, question: str) -> str:
+        return self.guesses.get(question, self.fallback)
 
 
 def _commonest(texts: list[str]) -> str:

@@ -4,6 +4,7 @@ Every rank runs the same number of rounds, one protein each, and repeats in sile
 ZeRO 3 a forward is a collective.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ from proteingpt.data.collate import collate
 from proteingpt.data.loader import StageData
 from proteingpt.data.prompts import Prompt, turns_of_stage
 from proteingpt.distributed import gather_objects, sum_over_ranks
+from proteingpt.encoders.pair import rows_of
 from proteingpt.evaluation.metrics import accuracy
 from proteingpt.inference.generate import answer
 
@@ -57,18 +59,24 @@ def choose(data: StageData, seed: int, num_proteins: int, questions_per_protein:
 
 
 @torch.no_grad()
-def evaluate(model, encoders, held_out: HeldOut, rank: int, world_size: int, device, in_step: bool) -> Evaluation:
-    """in_step: ZeRO 3 (see inference.generate.answer). The result is the same on every rank."""
+def evaluate(
+    model, encoders, held_out: HeldOut, rank: int, world_size: int, device, in_step: bool,
+    leave_early: Callable[[], bool] = lambda: False,
+) -> Evaluation:  # fmt: skip
+    """in_step: ZeRO 3 (see inference.generate.answer). The result is the same on every rank. leave_early: asked before
+    each protein; an evaluation that was left is of what was asked until then."""
     was_training = model.training
     model.eval()
     loss_sum = num_tokens = 0.0
     predictions = []
     for first in range(0, len(held_out.groups), world_size):
+        if leave_early():
+            break
         mine = min(first + rank, len(held_out.groups) - 1)
         counts = first + rank < len(held_out.groups)
         group = held_out.data.group(*held_out.groups[mine])
         pack = collate([group]).to(device)
-        structure_rows, sequence_rows = encoders.encode(pack.proteins)
+        structure_rows, sequence_rows = rows_of(pack, encoders, device)
         loss = float(model(pack, structure_rows, sequence_rows))
         if counts:
             loss_sum, num_tokens = loss_sum + loss, num_tokens + pack.num_answer_tokens
@@ -80,7 +88,7 @@ def evaluate(model, encoders, held_out: HeldOut, rank: int, world_size: int, dev
     total_loss, total_tokens = sum_over_ranks([loss_sum, num_tokens], device)
     predictions = sorted((p for ps in gather_objects(predictions) for p in ps), key=lambda p: (p.key, p.question))
     scored = accuracy([p.prediction for p in predictions], [p.answer for p in predictions]) if predictions else None
-    return Evaluation(total_loss / total_tokens, scored, len(held_out.groups), predictions)
+    return Evaluation(total_loss / max(1.0, total_tokens), scored, len(held_out.groups), predictions)
 
 
 def ask(model, held_out: HeldOut, number: int, group, structure_rows, sequence_rows, in_step) -> list[Prediction]:

@@ -1,10 +1,22 @@
-"""Normalisation and exact match, against pairs written by hand."""
+"""Normalisation and exact match, against pairs written by hand; class scores against scikit-learn's."""
 
+import warnings
+
+import numpy as np
 import pytest
+import sklearn.metrics
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proteingpt.evaluation.metrics import accuracy, exact_match, normalise
+from proteingpt.evaluation.metrics import (
+    accuracy,
+    balanced_accuracy,
+    exact_match,
+    matthews_correlation,
+    normalise,
+    parse_number,
+    within_tolerance,
+)
 
 
 @pytest.mark.parametrize(
@@ -105,3 +117,53 @@ def test_accuracy_refuses_lists_of_unlike_length():
 def test_accuracy_refuses_an_empty_list():
     with pytest.raises(ValueError, match="no answers to score"):
         accuracy([], [])
+
+
+# ------------------------------------------------------------------------------------------------ numbers and classes
+
+
+@pytest.mark.parametrize(
+    "text, number",
+    [
+        ("4", 4), (" 4. ", 4), ("0.9795", 0.9795), ("1,204", 1204), ("-3.50", -3.5), ("1e-3", 0.001), (".5", 0.5),
+        ("+2", 2),
+        ("2 A", None), ("", None), ("N/A", None), ("1,20", None), ("1.2.3", None), ("about 4", None), ("e5", None),
+        ("1e999", None), ("inf", None), ("nan", None), ("-", None),
+    ],
+)  # fmt: skip
+def test_a_number_is_the_whole_text_or_none(text, number):
+    assert parse_number(text) == number
+
+
+def test_a_tolerance_is_a_share_of_the_true_answer():
+    """By hand: 5 % of 200 is 10."""
+    assert [within_tolerance(text, 200.0, 0.05) for text in ("200", "190", "210.0", "189", "211", "N/A")] == [
+        True, True, True, False, False, False,
+    ]  # fmt: skip
+    assert within_tolerance("0", 0.0, 0.05) and not within_tolerance("0.01", 0.0, 0.05)
+
+
+labels = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4)), min_size=1, max_size=40)
+
+
+@given(labels)
+def test_class_scores_are_those_of_scikit_learn(pairs):
+    """Class 4 is never an answer: what is said beyond the known answers."""
+    true, said = map(list, zip(*pairs))
+    confusion = np.zeros((5, 5))
+    np.add.at(confusion, (true, said), 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scikit-learn names predictions that are never true
+        assert balanced_accuracy(confusion) == pytest.approx(sklearn.metrics.balanced_accuracy_score(true, said))
+        wanted = sklearn.metrics.matthews_corrcoef(true, said)
+    assert matthews_correlation(confusion) == pytest.approx(wanted, abs=1e-9)
+    both = matthews_correlation(np.stack([confusion, confusion]))  # many at once, as the bootstrap asks
+    assert both == pytest.approx([wanted, wanted], abs=1e-9)
+
+
+def test_class_scores_by_hand():
+    """4 yes, of which 3 are said to be; 2 no, of which 1 is: recalls 3/4 and 1/2."""
+    confusion = np.array([[3.0, 1.0], [1.0, 1.0]])
+    assert balanced_accuracy(confusion) == pytest.approx(5 / 8)
+    assert matthews_correlation(confusion) == pytest.approx((3 * 1 - 1 * 1) / np.sqrt(4 * 4 * 2 * 2))
+    assert matthews_correlation(np.array([[4.0, 0.0], [2.0, 0.0]])) == 0

@@ -1,0 +1,8 @@
+"""python launch/evaluate.py --model RUN/model --data shards/NAME --split test --out report/"""
+
+import sys
+
+from proteingpt.evaluation.run import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
