@@ -1,0 +1,8 @@
+"""deepspeed launch/preflight.py [--data DIR] [--output DIR], or under torchrun, mpirun, srun: is this cluster fit?"""
+
+import sys
+
+from proteingpt.cluster.preflight import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
