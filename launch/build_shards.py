@@ -70,6 +70,9 @@ def main() -> None:
         report = build(**arguments, addresses=urls, progress=sys.stderr)
     except (BuildError, ShardError, OSError) as error:
         sys.exit(f"build_shards: {error}")
+    except KeyboardInterrupt:
+        print("build_shards: interrupted; what was read is kept, the same command goes on", file=sys.stderr)
+        sys.exit(130)
     if report is not None:
         print(format_report(report))
 

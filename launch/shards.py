@@ -40,7 +40,7 @@ def main() -> int:
         if arguments.command == "verify":
             return verify(arguments.directory)
         return info(arguments.directory, arguments.picture)
-    except ShardError as error:
+    except (ShardError, OSError) as error:
         sys.exit(f"shards: {error}")
 
 

@@ -256,7 +256,7 @@ def read_annotations(directory: str | Path, broken: dict[str, str] | None = None
 def read_annotation(path: Path) -> tuple[str, Annotation]:
     try:
         entry = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AnnotationError(f"not JSON: {error}") from error
     if not isinstance(entry, dict) or not isinstance(entry.get("rcsb_id"), str):
         raise AnnotationError("no rcsb_id in it: not an entry of RCSB's Data API")

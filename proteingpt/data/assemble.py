@@ -1,7 +1,6 @@
 """From what was parsed to shards: which entries survive, which are held out, how far that separates, and the tars."""
 
 import dataclasses
-import datetime
 from collections.abc import Collection, Hashable, Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from proteingpt.data.report import REPORT_NAME, SKIPPED_NAME, BuildReport, write
 from proteingpt.data.shards import write_shards
 from proteingpt.data.sources import Gathered, Sources
 from proteingpt.data.splits import SplitError
+from proteingpt.data.structure.fact_texts import is_day
 
 
 class BuildError(ValueError):
@@ -51,19 +51,12 @@ class BuildOptions:
             raise BuildError(f"test_fraction is {self.test_fraction}, wanted 0 <= test_fraction < 1")
         if self.test_from is not None and self.split != "date":
             raise BuildError(f"test_from goes with split date, not with {self.split}")
-        if self.test_from is not None and not _is_day(self.test_from):
+        if self.test_from is not None and not is_day(self.test_from):
             raise BuildError(f"test_from is {self.test_from!r}, wanted a day such as 2022-01-01")
         if self.samples_per_shard < 1:
             raise BuildError(f"samples_per_shard is {self.samples_per_shard}, wanted at least 1")
         if self.shard_mb is not None and not self.shard_mb > 0:
             raise BuildError(f"shard_mb is {self.shard_mb}, wanted more than 0")
-
-
-def _is_day(text: str) -> bool:
-    try:
-        return datetime.date.fromisoformat(text).isoformat() == text
-    except ValueError:
-        return False
 
 
 def check_split(sources: Sources, options: BuildOptions) -> None:

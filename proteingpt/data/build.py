@@ -11,6 +11,7 @@ import dataclasses
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -28,8 +29,10 @@ from proteingpt.data.filters import Filters
 from proteingpt.data.open_questions import OpenQuestionsError
 from proteingpt.data.pieces import (
     WORK_NAME,
+    Busy,
     Parsed,
     continues,
+    holding,
     job_key,
     load_pieces,
     note_reading,
@@ -40,7 +43,7 @@ from proteingpt.data.pieces import (
 from proteingpt.data.published import PublishedDataError
 from proteingpt.data.rcsb import FetchError
 from proteingpt.data.report import BuildReport, Progress, format_report
-from proteingpt.data.shards import existing_shards, load_tar_writer
+from proteingpt.data.shards import existing_shards, file_sha256, load_tar_writer
 from proteingpt.data.sources import Job, SourceError, Sources, gather
 from proteingpt.data.structure import StructureError
 
@@ -95,21 +98,46 @@ def build(
         if crew is None:
             return None
         recorded = _recorded(options, sources)
-        _check_out(out, recorded, overwrite)
         check_split(sources, options)
-        try:
-            gathered = gather(sources, options.filters.require_abstract, progress)
-        except SOURCE_ERRORS as error:
-            raise BuildError(str(error)) from error
-        if not gathered.jobs and not gathered.skips:
-            where = structures or "the sources"
-            raise BuildError(f"no structure file in {where}: wanted .cif, .bcif, .pdb or .ent, plain or .gz")
-        work = open_work(out, recorded)
-        report = BuildReport(str(out), recorded, num_files=gathered.num_files)
-        outcomes = _parse(gathered.jobs, options.filters, work, crew, report, progress)
-        write_build(outcomes, gathered, sources, options, work, report, max_failed_share)
-    _remove_work(out)
+        with _holding(out):
+            _check_out(out, recorded, overwrite)
+            report = _build(sources, options, BuildReport(str(out), recorded), max_failed_share, crew, progress)
+            _remove_work(out)
     report.seconds = round(time.monotonic() - started, 1)
+    return report
+
+
+@contextlib.contextmanager
+def _holding(out: Path) -> Iterator[None]:
+    if out.exists() and not out.is_dir():
+        raise BuildError(f"{out} is not a directory: --out wants a directory for the shards")
+    try:
+        with holding(out):
+            yield
+    except Busy as error:
+        raise BuildError(str(error)) from error
+
+
+def _build(
+    sources: Sources,
+    options: BuildOptions,
+    report: BuildReport,
+    max_failed_share: float | None,
+    crew: Crew,
+    progress: TextIO | None,
+) -> BuildReport:
+    """The build in a directory that is ours: gathers, parses, writes. Returns `report`, filled."""
+    try:
+        gathered = gather(sources, options.filters.require_abstract, progress)
+    except SOURCE_ERRORS as error:
+        raise BuildError(str(error)) from error
+    if not gathered.jobs and not gathered.skips:
+        where = sources.structures or "the sources"
+        raise BuildError(f"no structure file in {where}: wanted .cif, .bcif, .pdb or .ent, plain or .gz")
+    work = open_work(Path(report.out), report.options)
+    report.num_files = gathered.num_files
+    outcomes = _parse(gathered.jobs, options.filters, work, crew, report, progress)
+    write_build(outcomes, gathered, sources, options, work, report, max_failed_share)
     return report
 
 
@@ -133,12 +161,20 @@ def _recorded(options: BuildOptions, sources: Sources) -> dict:
     flat = dataclasses.asdict(options)
     filters = flat.pop("filters")
     given = [name for name in NAMED_SOURCES if getattr(sources, name)]
-    return {**filters, "methods": list(filters["methods"]), **flat, "sources": given}
+    flat |= {"released_until": sources.released_until, "sources": given, "source_sha256": _checksums(sources)}
+    return {**filters, "methods": list(filters["methods"]), **flat}
+
+
+def _checksums(sources: Sources) -> dict[str, list[str]]:
+    """{name: sha256 of each} of the sources that are a file: what else decides the bytes, each structure apart, whose
+    sha256 is in its sample."""
+    files = {name: [getattr(sources, name)] for name in ("abstracts", "dataset", "clusters") if getattr(sources, name)}
+    files["qa"] = sources.qa
+    found = {name: [file_sha256(path) for path in paths if path.is_file()] for name, paths in files.items()}
+    return {name: checksums for name, checksums in found.items() if checksums}
 
 
 def _check_out(out: Path, recorded: dict, overwrite: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise BuildError(f"{out} is not a directory: --out wants a directory for the shards")
     shutil.rmtree(out / f"{WORK_NAME}.done", ignore_errors=True)
     found = existing_shards(out)
     if found and not overwrite and not continues(out, recorded):
@@ -158,12 +194,14 @@ def _remove_work(out: Path) -> None:
 def parse_batch(batch: list[tuple[str, Job]], filters: Filters, work: Path) -> list[Parsed]:
     """Parses (key, job) pairs, keeps their samples as a piece in `work`, and returns what there is of each."""
     who, outcomes = _who(os.environ), []
-    for key, job in batch:
-        note_reading(work, who, job.file)
-        outcomes.append(encode_outcome(key, read_outcome(job, filters), job.text.entities))
-    parsed = write_piece(work, outcomes)
-    note_reading(work, who, "")
-    return parsed
+    try:
+        for key, job in batch:
+            note_reading(work, who, job.file)
+            outcomes.append(encode_outcome(key, read_outcome(job, filters), job.text.entities))
+        return write_piece(work, outcomes)
+    finally:
+        # A full disk or Ctrl-C is no fault of the file: only a process that died leaves its note.
+        note_reading(work, who, "")
 
 
 def _who(environ: Mapping[str, str]) -> str:
@@ -222,7 +260,9 @@ def _crew(workers: int) -> Iterator[Crew | None]:
             yield None if executor is None else Crew(executor, comm.size - 1, here=True)
     elif workers > 1:
         # Spawned, since a fork copies whatever threads and locks the caller holds.
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as executor:
+        # Ctrl-C reaches them too: they finish what they read, and this process says that it was interrupted.
+        deaf = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), **deaf) as executor:
             yield Crew(executor, workers, here=False)
     else:
         yield Crew(None, 0, here=True)

@@ -79,7 +79,7 @@ def _without_path(error: Exception, path: Path) -> str:
 
 
 def _read_chains(job: Job, filters: Filters) -> Outcome:
-    entry = read_entry(job.path)
+    entry = read_entry(job.path, is_model=job.is_model)
     if not entry.chains:
         return _nothing(job, entry.id, "no protein chain", "no chain of the entry is a polypeptide")
     facts = merge_facts(entry.facts, job.text.facts)

@@ -129,9 +129,11 @@ class StageData:
         """Reads the protein. sample counts among `self.samples`."""
         first = self.index.first_turn[self.samples[sample]]
         branches = [(self.index.questions[first + t].tolist(), self.index.answers[first + t].tolist()) for t in turns]
-        protein = self.cropped(self.shards.read_protein(self.samples[sample]))
+        whole = self.shards.read_protein(self.samples[sample])
+        protein = self.cropped(whole)
         rows = self.rows_of(protein) if self.rows_of else None
-        return Group(protein.key, protein, self.prefix_ids, branches, self.prefix_length, rows)
+        # Under the sample's own key: whoever notes bad samples would not know the next epoch's window of it again.
+        return Group(whole.key, protein, self.prefix_ids, branches, self.prefix_length, rows)
 
     def cropped(self, protein: Protein) -> Protein:
         if self.max_residues is None or len(protein) <= self.max_residues:

@@ -6,13 +6,17 @@ commit. Each outcome is known by a key over the file's identity, its texts and t
 them parses that file again and no other. Workers write pieces themselves: no sample travels between processes.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
+import socket
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 from proteingpt.data.filters import Filters, Skip
 from proteingpt.data.shards import FIELDS, EncodedSample, program_versions, replacing
@@ -20,6 +24,11 @@ from proteingpt.data.sources import Job
 
 WORK_NAME = ".build"
 OPTIONS_NAME = "options.json"
+LOCK_NAME = ".building"
+
+
+class Busy(ValueError):
+    """Another build writes to the directory."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -58,7 +67,7 @@ def job_key(job: Job, filters: Filters) -> str:
     """Changes with the files (name, size, time of its last change), its texts, the options, and the programs."""
     files = [(file, path.stat()) for path, file in ((job.path, job.file), *job.others)]
     states = [(file, state.st_size, state.st_mtime_ns) for file, state in files]
-    identity = [states, dataclasses.asdict(job.text)]
+    identity = [states, job.is_model, dataclasses.asdict(job.text)]
     content = json.dumps([program_versions(), dataclasses.asdict(filters), identity], sort_keys=True)
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
@@ -158,8 +167,8 @@ def _lock(file: TextIO, path: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # The one who had it may have removed the file meanwhile: then this lock is on nothing.
-        busy = not (path.exists() and os.path.sameopenfile(file.fileno(), os.open(path, os.O_RDONLY)))
-    except BlockingIOError:
+        busy = not os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except (BlockingIOError, FileNotFoundError):
         busy = True
     except OSError:
         return

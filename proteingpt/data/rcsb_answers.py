@@ -33,7 +33,7 @@ def refusal(response) -> Failure:
 def receive_json(chunks: Iterable[bytes]):
     try:
         return json.loads(b"".join(chunks))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Failure(f"the answer is not whole JSON: {error}") from error
 
 

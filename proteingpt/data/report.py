@@ -15,7 +15,7 @@ from xml.sax.saxutils import escape
 import numpy as np
 
 from proteingpt.data.filters import Skip
-from proteingpt.data.shards import ShardSet, read_manifest, replacing
+from proteingpt.data.shards import ShardError, ShardSet, read_manifest, replacing
 
 SKIPPED_NAME = "skipped.tsv"
 REPORT_NAME = "report.json"
@@ -117,14 +117,14 @@ def format_funnel(funnel: list[tuple[str, int]]) -> list[str]:
 
 def format_leak(leak: Mapping[str, float | int]) -> list[str]:
     lines = []
-    if leak.get("num_test_sequences_in_train"):
+    if "num_test_sequences_in_train" in leak:
         lines.append(
-            f"  note: {leak['num_test_sequences_in_train']} test samples ({leak['share_test_sequences_in_train']:.1%}) "
+            f"  leak: {leak['num_test_sequences_in_train']} test samples ({leak['share_test_sequences_in_train']:.1%}) "
             "have a sequence that is also trained on"
         )
-    if leak.get("num_test_samples_in_train_clusters"):
+    if "num_test_samples_in_train_clusters" in leak:
         lines.append(
-            f"  note: {leak['num_test_samples_in_train_clusters']} test samples "
+            f"  leak: {leak['num_test_samples_in_train_clusters']} test samples "
             f"({leak['share_test_samples_in_train_clusters']:.1%}) are in a sequence cluster that is also trained on"
         )
     return lines
@@ -201,7 +201,12 @@ def read_info(directory: str | Path) -> Info:
     directory = Path(directory)
     manifest = read_manifest(directory)
     report_path = directory / REPORT_NAME
-    report = json.loads(report_path.read_bytes()) if report_path.is_file() else {}
+    try:
+        report = json.loads(report_path.read_bytes()) if report_path.is_file() else {}
+        funnel = [(str(name), int(count)) for name, count in report.get("funnel", [])]
+        leak = dict(report.get("leak", {}))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ShardError(f"{report_path}: not the report of a build ({error}): remove it, shards do without") from error
     lengths, questions = [], Counter()
     for split in manifest["splits"]:
         shard_set = ShardSet(directory, split)
@@ -210,9 +215,8 @@ def read_info(directory: str | Path) -> Info:
             questions.update(turn.question for turn in shard_set.read_text(i)[1])
         shard_set.close()
     ordered = dict(sorted(questions.items(), key=lambda item: (-item[1], item[0])))
-    funnel = [(name, count) for name, count in report.get("funnel", [])]
     all_lengths = np.concatenate(lengths) if lengths else np.zeros(0, np.int32)
-    return Info(str(directory), manifest["totals"], funnel, report.get("leak", {}), all_lengths, ordered)
+    return Info(str(directory), manifest["totals"], funnel, leak, all_lengths, ordered)
 
 
 def count_lengths(lengths: np.ndarray) -> list[tuple[str, int]]:

@@ -6,6 +6,7 @@ Chosen: where RCSB answers, its facts are taken rather than the file's, since th
 format states some counts otherwise; the file fills in what RCSB does not say.
 """
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ from proteingpt.data.published import embedding_files, read_split, read_texts
 from proteingpt.data.rcsb import Addresses, Client, FetchError, NotFound
 from proteingpt.data.report import Progress
 from proteingpt.data.structure import find_structures
+from proteingpt.data.structure.fact_texts import is_day
 from proteingpt.protein import Facts, Turn
 
 # Of several files of one entry the first kind is taken: BinaryCIF reads fastest, and entity counts are to be had from
@@ -47,7 +49,8 @@ class Text:
 class Job:
     """One file to parse. file: its name in reports, relative to its folder; name: the entry, by the file's name.
 
-    others: further files of the entry, (path, name in reports), for lack of this one.
+    others: further files of the entry, (path, name in reports), for lack of this one. is_model: it was given as one of
+    AlphaFold's, so that its B factors are pLDDT even where the file (the program's raw output) does not say so.
     """
 
     path: Path
@@ -55,6 +58,7 @@ class Job:
     name: str
     text: Text = Text()
     others: tuple[tuple[Path, str], ...] = ()
+    is_model: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,7 @@ def gather(sources: Sources, require_abstract: bool, stream: TextIO | None = Non
 
     Raises SourceError, FetchError or PublishedDataError.
     """
+    _check_day(sources)
     sides = None if sources.dataset is None else read_split(sources.dataset)
     files = [(path, _relative(path, root)) for root in _folders(sources) for path in find_structures(root)]
     ids = _wanted_ids(sources, client := _client(sources))
@@ -114,7 +119,10 @@ def gather(sources: Sources, require_abstract: bool, stream: TextIO | None = Non
     files += _fetch_models(client, sources.alphafold, skips, stream)
     num_files = len(files)
     ranked = rank_files(files)
-    jobs = [Job(*found[0], name, texts.get(name, Text()), tuple(found[1:])) for name, found in ranked.items()]
+    jobs = [
+        Job(*found[0], name, texts.get(name, Text()), tuple(found[1:]), _is_model(found[0][0], sources.alphafold))
+        for name, found in ranked.items()
+    ]
     if sources.embeddings is not None:
         found = embedding_files(sources.embeddings)
         num_files += len(found)
@@ -133,6 +141,15 @@ def gather(sources: Sources, require_abstract: bool, stream: TextIO | None = Non
     return Gathered(kept, duplicates, skips, num_files, sides, client)
 
 
+def _check_day(sources: Sources) -> None:
+    if sources.released_until is None:
+        return
+    if sources.rcsb != "all":
+        raise SourceError("--released_until goes with --rcsb all")
+    if not is_day(sources.released_until):
+        raise SourceError(f"--released_until is {sources.released_until!r}, wanted a day such as 2023-05-17")
+
+
 def _no_abstract(file: str, name: str, not_fetched: str | None = None) -> Skip:
     """not_fetched: why it is not known whether there is one."""
     if not_fetched is not None:
@@ -145,12 +162,16 @@ def _no_abstract(file: str, name: str, not_fetched: str | None = None) -> Skip:
 
 def _folders(sources: Sources) -> list[Path]:
     folders = [] if sources.structures is None else [sources.structures]
-    if sources.alphafold is not None and Path(sources.alphafold).is_dir():
+    if sources.alphafold is not None and os.path.isdir(sources.alphafold):
         folders.append(Path(sources.alphafold))
     for folder in folders:
         if not folder.is_dir():
             raise SourceError(f"no directory {folder}: --structures wants a directory of structure files")
     return folders
+
+
+def _is_model(path: Path, alphafold: str | None) -> bool:
+    return alphafold is not None and path.is_relative_to(alphafold)
 
 
 def entry_name(path: Path) -> tuple[str, int]:
@@ -181,7 +202,7 @@ def _relative(path: Path, root: Path) -> str:
 
 
 def _client(sources: Sources) -> Client | None:
-    models = sources.alphafold is not None and not Path(sources.alphafold).is_dir()
+    models = sources.alphafold is not None and not os.path.isdir(sources.alphafold)
     if sources.rcsb is None and not models:
         return None
     if sources.cache is None:
@@ -199,16 +220,21 @@ def _wanted_ids(sources: Sources, client: Client | None) -> list[str]:
         return []
     if sources.rcsb == "all":
         return client.all_ids(sources.released_until)
-    listed = Path(sources.rcsb)
     try:
-        text = listed.read_text() if listed.is_file() else sources.rcsb
-        ids = [entry_id(word) for word in re.split(r"[\s,]+", text) if word]
+        ids = [entry_id(word) for word in _listed(sources.rcsb)]
     except (OSError, ValueError) as error:
         wanted = "wanted all, ids such as 1cbs,2hhb, or a file of ids"
-        raise SourceError(f"--rcsb {sources.rcsb}: {error}; {wanted}") from None
+        raise SourceError(f"--rcsb {sources.rcsb:.60}: {error}; {wanted}") from None
     if not ids:
         raise SourceError(f"--rcsb {sources.rcsb}: no id in it")
     return sorted(set(ids))
+
+
+def _listed(given: str) -> list[str]:
+    """The words in the file of that name if there is one, else in `given` itself, apart by blanks, commas or lines."""
+    # os.path takes a list that is longer than any file's name for no file; Path.is_file raises.
+    text = Path(given).read_text(encoding="utf-8") if os.path.isfile(given) else given
+    return [word for word in re.split(r"[\s,]+", text) if word]
 
 
 def _fetch(client: Client, ids: list[str], skips: list[Skip], stream: TextIO | None) -> list[tuple[Path, str]]:
@@ -225,10 +251,12 @@ def _fetch_models(
     client: Client | None, wanted: str | None, skips: list[Skip], stream: TextIO | None
 ) -> list[tuple[Path, str]]:
     """AlphaFold DB models by accession: listed, or in a file."""
-    if wanted is None or Path(wanted).is_dir():
+    if wanted is None or os.path.isdir(wanted):
         return []
-    text = Path(wanted).read_text() if Path(wanted).is_file() else wanted
-    accessions = sorted({word.upper() for word in re.split(r"[\s,]+", text) if word})
+    try:
+        accessions = sorted({word.upper() for word in _listed(wanted)})
+    except (OSError, ValueError) as error:
+        raise SourceError(f"--alphafold {wanted:.60}: {error}; wanted a text file of accessions") from None
     meter, files = Progress(len(accessions), stream, what="AlphaFold DB models"), []
     for number, accession in enumerate(accessions, 1):
         try:
@@ -299,13 +327,21 @@ def _read_abstracts(source: Path | None) -> dict[str, str]:
     abstracts = {}
     for path in paths:
         if path.suffix == ".txt":
-            abstracts[path.stem.lower()] = " ".join(path.read_text(encoding="utf-8").split())
+            abstracts[path.stem.lower()] = _read_text(path)
         elif path.suffix == ".json" or not source.is_dir():
             abstracts |= {name: text.description for name, text in read_texts(abstracts=path).items()}
     found = {name: text for name, text in abstracts.items() if text}
     if not found:
         raise SourceError(f"{source}: no abstract in it; wanted an abstract.json, or a folder of ID.txt")
     return found
+
+
+def _read_text(path: Path) -> str:
+    """On one line."""
+    try:
+        return " ".join(path.read_text(encoding="utf-8").split())
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"{path}: not a text in UTF-8 ({error}): mend the file or take it away") from error
 
 
 def _read_qa(path: Path) -> dict[str, tuple[Turn, ...]]:

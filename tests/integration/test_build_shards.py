@@ -1,9 +1,12 @@
 """The real command, in a process of its own, on hand-made structure files, some of them broken."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 from xml.etree import ElementTree
@@ -117,8 +120,41 @@ def test_verify_and_info_of_what_was_built(structures, tmp_path):
     tar.write_bytes(content)
     broken = shards("verify", out)
     assert broken.returncode == 1 and "train-00000.tar: wrong sha256" in broken.stdout
+    nowhere = shards("info", out, "--picture", tmp_path / "none" / "x.svg")
+    assert nowhere.returncode == 1 and "No such file" in nowhere.stderr and "Traceback" not in nowhere.stderr
+    (out / "report.json").write_text('{"funnel": 3')
+    torn = shards("info", out)
+    assert torn.returncode == 1 and "report.json: not the report of a build" in torn.stderr
     nothing = shards("verify", tmp_path)
     assert nothing.returncode == 1 and "no shards in" in nothing.stderr and "Traceback" not in nothing.stderr
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ctrl_c_ends_with_one_line_and_the_same_command_goes_on(tmp_path, workers):
+    """SIGINT to the whole process group, as a terminal sends it."""
+    directory, out = tmp_path / "structures", tmp_path / "out"
+    directory.mkdir()
+    for n in range(900):
+        (directory / f"{n:03d}a.pdb").write_text(pdb_text(f"{n:03d}a", "A", "ACDGK" * 2))
+    command = [sys.executable, "launch/build_shards.py", "--structures", directory, "--out", out, "--workers", workers]
+    process = subprocess.Popen(
+        [*map(str, command)], cwd=REPOSITORY, start_new_session=True, text=True, stderr=subprocess.PIPE
+    )
+    try:
+        while process.poll() is None and not list((out / ".build").glob("*[0-9a-f].json")):
+            time.sleep(0.005)
+    finally:
+        os.killpg(process.pid, signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, said
+    last = said.splitlines()[-1]
+    assert last == "build_shards: interrupted; what was read is kept, the same command goes on"
+    # A worker that was still being started may say more.
+    assert workers == 2 or "Traceback" not in said
+    again = run("--structures", directory, "--out", out)
+    assert again.returncode == 0 and "were read by an earlier start" in again.stdout, again.stderr
+    # It was no file's fault.
+    assert "ended while" not in again.stderr
 
 
 def test_help_explains_every_option():

@@ -19,16 +19,17 @@ from proteingpt.data.structure.pdb import read_pdb
 __all__ = ["STRUCTURE_SUFFIXES", "Entry", "StructureError", "find_structures", "read_entry"]
 
 
-def read_entry(path: str | Path, data: bytes | None = None) -> Entry:
+def read_entry(path: str | Path, data: bytes | None = None, is_model: bool = False) -> Entry:
     """Parse a file once. Whatever is wrong with the file, or with reading it, is a StructureError that names it.
 
     data: the file's bytes, unpacked, where the caller has them; then the path is only a name.
+    is_model: it is known to be a prediction with pLDDT for its B factors, though the file may not say so.
     """
     path = Path(path)
     try:
         data = read_bytes(path) if data is None else data
         read = {"bcif": read_bcif, "mmcif": read_mmcif, "pdb": read_pdb}[kind_of(data, path)]
-        return read(data, path)
+        return read(data, path, is_model)
     except StructureError as error:
         raise StructureError(f"{path}: {error}") from error.__cause__
     except AssertionError:

@@ -27,16 +27,16 @@ from proteingpt.data.structure.residues import LETTER_COMPONENTS, is_amino_acid,
 from proteingpt.data.structure.tables import Tables, bcif_tables, mmcif_tables
 
 
-def read_bcif(data: bytes, path: Path) -> Entry:
-    return _entry(bcif_tables(data), path)
+def read_bcif(data: bytes, path: Path, is_model: bool = False) -> Entry:
+    return _entry(bcif_tables(data), path, is_model)
 
 
-def read_mmcif(data: bytes, path: Path) -> Entry:
-    return _entry(mmcif_tables(decode(data)), path)
+def read_mmcif(data: bytes, path: Path, is_model: bool = False) -> Entry:
+    return _entry(mmcif_tables(decode(data)), path, is_model)
 
 
-def _entry(tables: Tables, path: Path) -> Entry:
-    plddt_scale = _plddt_scale(tables)
+def _entry(tables: Tables, path: Path, is_model: bool) -> Entry:
+    plddt_scale = _plddt_scale(tables, is_model)
     polymers = _polymers(tables, with_b_factors=plddt_scale is not None)
     ids = tables.values("entry", "id") or ((tables.name,) if tables.name else ())
     return Entry(
@@ -194,7 +194,7 @@ def _parents(tables: Tables) -> dict[str, frozenset[str]]:
     return {component: frozenset(names) for component, names in parents.items()}
 
 
-def _plddt_scale(tables: Tables) -> float | None:
+def _plddt_scale(tables: Tables, is_model: bool) -> float | None:
     """What the B factors are to be divided by, if they are pLDDT: 100, or 1 for a metric declared as such.
 
     By the ModelCIF category `ma_qa_metric`; where a program that rewrote the file dropped it, by the id AlphaFold DB
@@ -206,6 +206,6 @@ def _plddt_scale(tables: Tables) -> float | None:
     plddt = [metric for metric in metrics if "plddt" in metric]
     if plddt:
         return 1.0 if all("[0,1]" in metric for metric in plddt) else 100.0
-    is_alphafold = any("alphafold" in name.lower() for name in tables.values("software", "name"))
+    is_alphafold = is_model or any("alphafold" in name.lower() for name in tables.values("software", "name"))
     is_alphafold |= any(re.fullmatch(r"AF-[\w-]+-F\d+", name) for name in tables.values("entry", "id"))
     return 100.0 if is_alphafold and not metrics else None

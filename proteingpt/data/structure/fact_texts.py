@@ -1,5 +1,6 @@
 """How facts are read from text, the same in every format."""
 
+import datetime
 import re
 from collections.abc import Iterable
 
@@ -10,6 +11,14 @@ COMPUTED_METHODS = frozenset({"THEORETICAL MODEL", "AB INITIO MODEL", "HOMOLOGY 
 WATERS = ("HOH", "DOD")
 HYDROGENS = ("H", "D", "T")
 DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
+
+
+def is_day(text: str) -> bool:
+    """Whether it is a day of the calendar as `2023-05-17`."""
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 def split_keywords(text: str | None, classification: str | None) -> tuple[str, ...] | None:

@@ -1,6 +1,7 @@
 """Files and their bytes: which are structures, plain or gzipped, and which of the three formats, told by content."""
 
 import gzip
+import os
 import re
 import zlib
 from pathlib import Path
@@ -19,11 +20,28 @@ BLOCK_BYTES = 1 << 20
 
 
 def find_structures(directory: str | Path) -> list[Path]:
-    """All structure files under a directory, sorted: flat, or in sub-folders such as the archive's two-letter ones."""
+    """All structure files under a directory, sorted: flat, or in sub-folders such as the archive's two-letter ones.
+
+    Folders that are links are followed, each folder once. Raises StructureError where a folder cannot be listed.
+    """
     directory = Path(directory)
     if not directory.is_dir():
         raise StructureError(f"{directory}: not a directory; wanted one that holds structure files")
-    return sorted(p for p in directory.rglob("*") if p.name.lower().endswith(STRUCTURE_SUFFIXES) and p.is_file())
+    found, seen = [], set()
+    for folder, subfolders, names in os.walk(directory, onerror=_refuse_folder, followlinks=True):
+        # A link may lead to where we are or have been; by name, so that it is always the same path that counts.
+        subfolders.sort()
+        state = os.stat(folder)
+        if (state.st_dev, state.st_ino) in seen:
+            subfolders.clear()
+            continue
+        seen.add((state.st_dev, state.st_ino))
+        found += [Path(folder, name) for name in names if name.lower().endswith(STRUCTURE_SUFFIXES)]
+    return sorted(path for path in found if path.is_file())
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise StructureError(f"{error.filename}: cannot be listed: {error.strerror}") from error
 
 
 def read_bytes(path: Path) -> bytes:

@@ -35,7 +35,7 @@ from proteingpt.data.structure.placement import Place, bonds_of, place_residues
 from proteingpt.data.structure.residues import is_amino_acid, is_nucleotide, is_peptide
 
 
-def read_pdb(data: bytes, path: Path) -> Entry:
+def read_pdb(data: bytes, path: Path, is_model: bool = False) -> Entry:
     lines = decode(data).split("\n")
     records = records_of(lines)
     remarks = remarks_of(records)
@@ -44,7 +44,7 @@ def read_pdb(data: bytes, path: Path) -> Entry:
     table = _pdb_atoms(_first_model(lines))
     seqres, missing = seqres_of(records), missing_residues(remarks)
     polymers = _polymers(table, seqres, missing)
-    plddt_scale = _plddt_scale(records)
+    plddt_scale = _plddt_scale(records, is_model)
     return Entry(
         id=_pdb_id(records.get("HEADER", [""])[0]) or stem(path),
         facts=pdb_facts(records, remarks, polymers, table.atoms.component, table.element, plddt_scale is not None),
@@ -202,10 +202,10 @@ def _parents(lines: list[str]) -> dict[str, frozenset[str]]:
     return {component: frozenset(names) for component, names in parents.items()}
 
 
-def _plddt_scale(records: dict[str, list[str]]) -> float | None:
+def _plddt_scale(records: dict[str, list[str]], is_model: bool) -> float | None:
     """Only a model: an experimental entry may name AlphaFold where it says how it was phased."""
     method = joined(records, "EXPDTA").upper()
     if method and "THEORETICAL" not in method:
         return None
     lines = (line for record in ("HEADER", "TITLE", "COMPND", "REMARK") for line in records.get(record, []))
-    return 100.0 if any("ALPHAFOLD" in line.upper() for line in lines) else None
+    return 100.0 if is_model or any("ALPHAFOLD" in line.upper() for line in lines) else None

@@ -275,14 +275,16 @@ def test_a_mirror_is_read_flat_or_in_two_letter_folders_and_names_what_is_broken
     put(tmp_path / "ab" / "4abc.json", '{"rcsb_id": "4AB')
     put(tmp_path / "ab" / "5abc.json", {"title": "no id"})
     put(tmp_path / "ab" / "6abc.json", {"rcsb_id": "6ABC", "exptl": "X-ray"})
+    put(tmp_path / "ab" / "7abc.json", "[" * 100_000)
     put(tmp_path / "notes.txt", "not read")
     broken = {}
     annotations = read_annotations(tmp_path, broken)
     assert set(annotations) == {"1hv4", "1abc"}
     assert annotations["1hv4"].facts == FACTS_1HV4
     reasons = {Path(path).name: reason for path, reason in broken.items()}
-    assert set(reasons) == {"2abc.json", "4abc.json", "5abc.json", "6abc.json"}
+    assert set(reasons) == {"2abc.json", "4abc.json", "5abc.json", "6abc.json", "7abc.json"}
     assert "holds entry 3xyz" in reasons["2abc.json"] and "not JSON" in reasons["4abc.json"]
+    assert "not JSON" in reasons["7abc.json"]
     assert "rcsb_id" in reasons["5abc.json"] and "exptl" in reasons["6abc.json"]
 
 

@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from hashlib import blake2b, sha256
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from proteingpt.data.build import BuildError, _mpi_world, _name_dead, build, for
 from proteingpt.data.crew import Crew
 from proteingpt.data.entries import read_outcome
 from proteingpt.data.filters import Filters, Skip
-from proteingpt.data.pieces import job_key
+from proteingpt.data.pieces import holding, job_key, take_notes
 from proteingpt.data.shards import ShardError, ShardSet, find_faults
 from proteingpt.data.sources import Job
 from proteingpt.protein import Turn
@@ -297,7 +298,7 @@ def test_a_fault_of_the_reader_is_a_skip_too(tmp_path, monkeypatch):
     """A file on which the reader itself fails is named, and the build goes on."""
     path = write_files(tmp_path, {"1abc.pdb": pdb_text("1abc", {"A": "ACD"})}) / "1abc.pdb"
 
-    def fail(path):
+    def fail(path, **_):
         raise ZeroDivisionError("no atoms")
 
     monkeypatch.setattr("proteingpt.data.entries.read_entry", fail)
@@ -481,6 +482,36 @@ def test_shards_are_overwritten_only_when_asked(structures, tmp_path):
     build(structures, out, seed=1, overwrite=True)
     assert json.loads((out / "manifest.json").read_text())["options"]["seed"] == 1
     ShardSet(out, "train").verify()
+
+
+def test_a_second_build_into_the_same_directory_is_refused_while_the_first_runs(structures, tmp_path):
+    with holding(tmp_path / "out"), pytest.raises(BuildError, match="another build writes to .*wait for it"):
+        build(structures, tmp_path / "out")
+    build(structures, tmp_path / "out")
+    assert not (tmp_path / "out" / ".building").exists()
+
+
+def test_the_manifest_has_the_checksums_of_the_files_that_texts_and_split_came_from(structures, tmp_path):
+    abstracts, qa = tmp_path / "abstract.json", tmp_path / "qa.json"
+    abstracts.write_text(json.dumps([{"pdb_id": "1abc", "caption": "We solved it."}]))
+    qa.write_text(json.dumps({"1abc": [{"Q": "Why?", "A": "So."}]}))
+    report = build(structures, tmp_path / "out", abstracts=abstracts, qa=[qa])
+    wanted = {"abstracts": [sha256(abstracts.read_bytes()).hexdigest()], "qa": [sha256(qa.read_bytes()).hexdigest()]}
+    options = json.loads((tmp_path / "out/manifest.json").read_text())["options"]
+    assert options == report.options and options["source_sha256"] == wanted and options["released_until"] is None
+
+
+def test_a_full_disk_is_not_laid_to_the_file_that_was_read(structures, tmp_path):
+    """/dev/full gives the system's own error, here in the place of the piece of this job."""
+    work = tmp_path / "out" / ".build"
+    work.mkdir(parents=True)
+    path = structures / "1abc.pdb"
+    job = Job(path, path.name, "1abc")
+    name = blake2b(job_key(job, Filters()).encode(), digest_size=16).hexdigest()
+    (work / f"{name}.data.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        parse_batch([(job_key(job, Filters()), job)], Filters(), work)
+    assert take_notes(work) == {}
 
 
 def test_nothing_left_is_an_error_that_counts_the_reasons(tmp_path):

@@ -1,6 +1,7 @@
 """What an unfinished build keeps: it comes back as it went in, and only for the file and options it was made from."""
 
 import os
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,10 @@ import pytest
 from proteingpt.data.entries import Outcome, encode_outcome
 from proteingpt.data.filters import Filters, Skip
 from proteingpt.data.pieces import (
+    LOCK_NAME,
+    Busy,
     continues,
+    holding,
     job_key,
     load_pieces,
     note_reading,
@@ -81,6 +85,31 @@ def test_a_build_goes_on_only_with_the_same_options(tmp_path):
     assert not continues(tmp_path, {"methods": ["em"]})
     open_work(tmp_path, {"methods": ["em"]})
     assert continues(tmp_path, {"methods": ["em"]}) and not continues(tmp_path, {"methods": []})
+
+
+def test_one_build_at_a_time_has_the_directory(tmp_path):
+    """And one that is refused, or made nothing, leaves nothing behind."""
+    out = tmp_path / "out"
+    with holding(out):
+        with pytest.raises(Busy, match=f"another build writes to {out} .process {os.getpid()} on "), holding(out):
+            raise AssertionError("both have it")
+    assert not out.exists()
+    with pytest.raises(KeyError), holding(out):
+        (out / "kept").touch()
+        raise KeyError
+    with holding(out):
+        assert sorted(path.name for path in out.iterdir()) == [LOCK_NAME, "kept"]
+    assert [path.name for path in out.iterdir()] == ["kept"]
+
+
+def test_the_lock_of_a_build_that_was_killed_holds_nobody_up(tmp_path):
+    if not (child := os.fork()):
+        with holding(tmp_path):
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL and (tmp_path / LOCK_NAME).exists()
+    with holding(tmp_path):
+        pass
+    assert not (tmp_path / LOCK_NAME).exists()
 
 
 def test_notes_of_the_dead_are_taken_once(work):

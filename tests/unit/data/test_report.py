@@ -18,6 +18,7 @@ from proteingpt.data.report import (
     count_lengths,
     draw_info,
     format_info,
+    format_leak,
     format_report,
     format_seconds,
     write_report,
@@ -82,6 +83,11 @@ def boxes_of(group: ElementTree.Element) -> list[tuple[float, float, float, floa
 
 def test_the_picture_of_a_directory_without_report_and_questions_is_xml_too():
     ElementTree.fromstring(draw_info(Info("x", {}, [], {}, np.zeros(0, int), {})))
+
+
+def test_a_split_that_separates_says_so():
+    text = "\n".join(format_leak({"num_test_sequences_in_train": 0, "share_test_sequences_in_train": 0.0}))
+    assert "0 test samples (0.0%) have a sequence that is also trained on" in text and format_leak({}) == []
 
 
 def test_the_text_has_funnel_lengths_and_questions():

@@ -138,6 +138,37 @@ def test_abstracts_may_be_texts_in_a_folder_and_questions_may_be_generated(tmp_p
     assert [(job.name, job.text.description) for job in jobs] == [("1abc", "We solved it."), ("2abc", "We too.")]
 
 
+def test_what_is_given_as_alphafolds_has_its_plddt_whatever_the_file_says(tmp_path):
+    """The program's raw output is MODEL, ATOM and TER records alone. Under --structures its B factors stay unknown."""
+    atoms = [("N", 0.0), ("CA", 1.5), ("C", 2.5)]
+    line = "ATOM      1  {:<3s} GLY A   1    {:8.3f}   0.000   0.000  1.00 56.06"
+    lines = [line.format(*atom) for atom in atoms]
+    (tmp_path / "af").mkdir()
+    (tmp_path / "af" / "AF-Q18PI6-F1.pdb").write_text("\n".join(["MODEL     1", *lines, "TER", "ENDMDL", ""]))
+    build(None, tmp_path / "one", alphafold=str(tmp_path / "af"), test_fraction=0)
+    sample = ShardSet(tmp_path / "one", "train").read(0)
+    assert sample.protein.confidence.tolist() == [pytest.approx(0.5606)]
+    assert sample.metadata["facts"]["methodology"] == "computational"
+    build(tmp_path / "af", tmp_path / "two", test_fraction=0)
+    assert ShardSet(tmp_path / "two", "train").read(0).protein.confidence is None
+
+
+def test_an_abstract_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "1abc.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(SourceError, match="1abc.txt: not a text in UTF-8"):
+        gather(Sources(abstracts=tmp_path, embeddings=tmp_path), require_abstract=False)
+
+
+def test_a_list_of_ids_may_be_longer_than_the_name_of_a_file(server, tmp_path):
+    """A path of more than 255 bytes is an error to the system, not just a file that is not there."""
+    fetching = dict(cache=tmp_path / "cache", addresses=vars(server.addresses), requests_per_second=1000.0)
+    listed = ",".join(["1aaa", "2bbb"] * 60)
+    jobs = gather(Sources(rcsb=listed, **fetching), require_abstract=False).jobs
+    assert [job.name for job in jobs] == ["1aaa", "2bbb"]
+    with pytest.raises(SourceError, match="'NOPE' is not a UniProt accession"):
+        gather(Sources(alphafold="NOPE " * 60, **fetching), require_abstract=False)
+
+
 def test_published_embeddings_stand_in_for_structures(tmp_path):
     """Five residues are seven rows; neither sequence nor coordinates are known."""
     (tmp_path / "pt").mkdir()
@@ -161,6 +192,9 @@ def test_published_embeddings_stand_in_for_structures(tmp_path):
         (Sources(rcsb="1abc"), "give --cache DIR"),
         (Sources(rcsb="what?", cache=Path("cache")), "wanted all, ids such as"),
         (Sources(rcsb="1abc", cache=Path("cache"), addresses={"data": "ftp://x"}), "wanted one that begins with http"),
+        (Sources(rcsb="all", cache=Path("cache"), released_until="2023"), "--released_until is '2023', wanted a day"),
+        (Sources(rcsb="all", cache=Path("cache"), released_until="2023-02-30"), "wanted a day such as"),
+        (Sources(rcsb="1abc", cache=Path("cache"), released_until="2023-05-17"), "goes with --rcsb all"),
     ],
 )
 def test_sources_that_cannot_be_used_are_named(sources, message, tmp_path, monkeypatch):

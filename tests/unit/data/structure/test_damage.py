@@ -149,6 +149,18 @@ def test_structures_are_found_flat_and_in_sub_folders_sorted(tmp_path):
     assert ".bcif.gz" in STRUCTURE_SUFFIXES
 
 
+def test_linked_folders_are_followed_and_each_is_read_once(tmp_path):
+    """A mirror whose two-letter folders lie on other disks, with a link back to its own top."""
+    elsewhere, mirror = tmp_path / "elsewhere", tmp_path / "mirror"
+    elsewhere.mkdir()
+    mirror.mkdir()
+    (elsewhere / "1cbs.cif").write_text("")
+    (mirror / "cb").symlink_to(elsewhere)
+    (mirror / "zz").symlink_to(elsewhere)
+    (elsewhere / "up").symlink_to(mirror)
+    assert find_structures(mirror) == [mirror / "cb" / "1cbs.cif"]
+
+
 def test_a_directory_that_is_not_there_is_named(tmp_path):
     with pytest.raises(StructureError, match="nothing: not a directory"):
         find_structures(tmp_path / "nothing")
