@@ -99,6 +99,9 @@ class ModelConfig:
         "what trains: the projections alone, adapters in the LLM as well (LoRA), or all of the LLM"
     )
     lora: LoraConfig = setting("the adapters, with train: lora", default=LoraConfig())
+    llm_8bit: bool = setting(
+        "hold the frozen LLM in 8 bits (by bitsandbytes), in half the memory of bf16 and not quite the same", default=False
+    )
     projector: Literal["linear", "mlp", "resampler"] = setting(
         "of each encoder's rows: a linear map, as published; two layers with a GELU between; or learned queries that "
         "attend to them, which give the same number of tokens for every protein",
@@ -114,6 +117,8 @@ class ModelConfig:
 
     def __post_init__(self):
         require(self.train == "lora" or self.lora == LoraConfig(), "lora", self.lora, f"unset with train: {self.train}")
+        expected = "false with train: full: only a frozen LLM can be held in 8 bits"
+        require(not (self.llm_8bit and self.train == "full"), "llm_8bit", self.llm_8bit, expected)
         tokens, width = self.projector_tokens, self.projector_width
         if self.projector == "resampler":
             require(tokens is not None and tokens > 0, "projector_tokens", tokens, "> 0, with projector: resampler")

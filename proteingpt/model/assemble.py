@@ -1,26 +1,33 @@
 """From directories on disk to a ProteinGPT, and back: loading an LLM, and the exported model directory.
 
 An exported directory holds `projector.safetensors`, the tokenizer, `model.json` (which encoders, which LLM, which prompt)
-and, where the LLM was trained, `llm/` with its weights; a frozen LLM is named, not copied.
+and, where the LLM was trained, `llm/` with its weights or `adapter/` with what LoRA adds; a frozen LLM is named, not copied.
 """
 
+import importlib.util
 import json
+import shutil
+from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
 
-from proteingpt.config import ModelConfig
+from proteingpt.config import LoraConfig, ModelConfig
 from proteingpt.data.prompts import Template
-from proteingpt.model import attention
+from proteingpt.model import attention, lora
 from proteingpt.model.projector import Projector
 from proteingpt.model.protein_gpt import ProteinGPT
 
 PROJECTOR, LLM = "projector.", "llm."  # prefixes of the parameter names of ProteinGPT's two parts
 PROJECTOR_FILE = "projector.safetensors"
+# A context within which parameters that are sharded already are whole: training.engine.gathered, or none.
+Whole = Callable[[list[torch.nn.Parameter]], AbstractContextManager]
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")  # as configurations call it
 
 
@@ -30,8 +37,10 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """model.json. Widths are those of the encoders' rows; esm2, esm_if1: a published name or a file; fingerprints:
-    sha256 of the encoders' files, so that a model is never asked with other features than it learned."""
+    """model.json. Widths are those of the encoders' rows; esm2, esm_if1: a published name or a file, or none with width
+    0; fingerprints: sha256 of the encoders' files, so that a model is never asked with other features than it learned, and
+    empty where they were not known (published embeddings); esm2_layer: whose rows, null for the last.
+    """
 
     llm: str
     esm2: str
@@ -44,6 +53,10 @@ class ModelInfo:
     sequence_width: int
     template: Template
     stage: str
+    esm2_layer: int | None = None
+    projector: str = "linear"
+    projector_tokens: int | None = None
+    projector_width: int | None = None
     format: int = 1
 
 
@@ -58,16 +71,24 @@ def load_tokenizer(directory: str):
     return tokenizer
 
 
-def load_llm(directory: str, dtype: torch.dtype):
+def load_llm(directory: str, dtype: torch.dtype, device: torch.device | str = "cpu", eight_bit: bool = False):
     """Any causal LM of transformers from a local directory, with shared-prefix attention.
+
+    Read tensor by tensor onto the device, from files that all processes of a host have mapped together, so that the host
+    holds no copy of its own for a GPU. Within training.engine.sharded_loading each rank keeps its share only.
+
+    eight_bit: its linear layers but for the head in bitsandbytes' int8, with a scale a row; they can only be frozen.
 
     ModelError where it cannot be loaded, or only in part: transformers would draw what is missing at random.
     """
     check_llm(directory)
+    straight = torch.device(device).type != "cpu" or eight_bit
     try:
         llm, loaded = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, attn_implementation=attention.NAME, local_files_only=True, output_loading_info=True
-        )
+            directory, dtype=dtype, attn_implementation=attention.NAME, local_files_only=True, output_loading_info=True,
+            device_map={"": device} if straight and not is_deepspeed_zero3_enabled() else None,
+            quantization_config=in_8_bits() if eight_bit else None,
+        )  # fmt: skip
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model.llm: {directory} is no causal LM that transformers can load: {error}") from error
     if loaded["missing_keys"]:
@@ -76,6 +97,15 @@ def load_llm(directory: str, dtype: torch.dtype):
     # Its own habits of decoding, such as the repetition penalty of many a chat model, are no part of a greedy answer.
     llm.generation_config = GenerationConfig()
     return llm
+
+
+def in_8_bits() -> BitsAndBytesConfig:
+    """ModelError where the library is not there, or ZeRO 3 would cut up what it cannot put together again."""
+    if is_deepspeed_zero3_enabled():
+        raise ModelError("model.llm_8bit does not go with ZeRO 3, which cuts the LLM up: use ds_configs/zero2.json")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError("model.llm_8bit needs the package bitsandbytes: pip install 'proteingpt[8bit]', or set it to false")
+    return BitsAndBytesConfig(load_in_8bit=True)
 
 
 def check_llm(directory: str | None):
@@ -100,25 +130,71 @@ def context_length(config) -> int:
 
 
 def build_model(
-    config: ModelConfig, structure_width: int, sequence_width: int, dtype: torch.dtype, seed: int
+    config: ModelConfig,
+    structure_width: int,
+    sequence_width: int,
+    dtype: torch.dtype,
+    seed: int,
+    device: torch.device | str = "cpu",
+    whole: Whole = nullcontext,
 ) -> ProteinGPT:
-    """LLM from config.llm; the projector drawn from `seed`, or from config.init_from; requires_grad as config.train."""
+    """LLM from config.llm; projector and adapters drawn from `seed`; or any of them from config.init_from; requires_grad
+    as config.train. whole: for an LLM that is loaded within training.engine.sharded_loading."""
     source = Path(config.init_from) if config.init_from else None
-    trained_llm = source / "llm" if source and (source / "llm").is_dir() else None
-    llm = load_llm(str(trained_llm or config.llm), dtype)
+    llm = load_llm(base_llm(config), dtype, device, config.llm_8bit)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        projector = Projector(structure_width, sequence_width, llm.config.hidden_size).to(dtype)
+        projector = make_projector(config, structure_width, sequence_width, llm.config.hidden_size)
+    projector.to(device, dtype)
     if source:
         load_projector(projector, source)
-    llm.requires_grad_(config.train == "full")
+    prepare_llm(llm, config, seed, dtype, whole)
     if config.activation_checkpointing:
         # Re-entrant checkpointing finds no gradient to compute where a layer's only input that needs one is a kwarg.
         llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return ProteinGPT(projector, llm)
+    model = ProteinGPT(projector, llm, config.attention)
+    if config.lora.dropout:
+        model.register_forward_pre_hook(lora.draw_dropout_from(seed))
+    return model
 
 
-def check_init_from(directory: str | None):
+def base_llm(config: ModelConfig) -> str:
+    """The directory of the weights that training starts from: the LLM's, or the one that init_from has trained."""
+    trained = Path(config.init_from or ".") / "llm"
+    return str(trained) if config.init_from and trained.is_dir() else config.llm
+
+
+def make_projector(settings, structure_width: int, sequence_width: int, llm_width: int) -> Projector:
+    """settings: a ModelConfig or a ModelInfo."""
+    return Projector(
+        structure_width, sequence_width, llm_width, settings.projector, settings.projector_tokens, settings.projector_width
+    )
+
+
+def prepare_llm(llm, config: ModelConfig, seed: int, dtype: torch.dtype, whole: Whole):
+    """Freeze what config.train freezes, and put adapters in; those of config.init_from go on, or are added to the weights."""
+    saved = Path(config.init_from) / lora.ADAPTER if config.init_from else None
+    has_adapter = saved is not None and saved.is_dir()
+    try:
+        if config.train == "lora" or has_adapter:
+            lora.add_adapters(llm, config.lora if config.train == "lora" else lora.read_config(saved), seed, dtype)
+        if has_adapter:
+            lora.load_adapter(llm, saved)
+    except lora.LoraError as error:
+        raise ModelError(str(error)) from error
+    if has_adapter and config.train == "full":
+        lora.merge(llm, whole)
+    if config.train != "lora":
+        llm.requires_grad_(config.train == "full")
+
+
+def check_init_from(config: ModelConfig):
+    directory = config.init_from
+    if directory is not None and config.train == "projector" and (Path(directory) / lora.ADAPTER).is_dir():
+        raise ModelError(
+            f"model.init_from: {directory} has a LoRA adapter, which model.train: projector would leave behind; train lora "
+            "goes on with it, or export that run with model.lora.merge_on_export"
+        )
     if directory is not None and not (Path(directory) / PROJECTOR_FILE).is_file():
         raise ModelError(
             f"model.init_from: {directory} holds no {PROJECTOR_FILE}, expected the model directory of a run of stage "
@@ -133,41 +209,61 @@ def load_projector(projector: Projector, directory: Path):
     except SafetensorError as error:
         raise ModelError(f"{path} is broken: {error}") from error
     except RuntimeError as error:
-        raise ModelError(f"{path} does not fit this LLM and these encoders: {error}") from None
+        raise ModelError(f"{path} does not fit this LLM, model.projector and these encoders: {error}") from None
 
 
 def trainable_names(model: ProteinGPT) -> list[str]:
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def set_weights(model: ProteinGPT, weights: dict[str, torch.Tensor]):
-    """Put saved trainable weights into a model that is not sharded yet. Every name and shape must match."""
+def shape_of(parameter: torch.nn.Parameter) -> tuple[int, ...]:
+    """Of the whole: one that ZeRO 3 has cut up is empty, and keeps its shape beside."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def set_weights(
+    model: ProteinGPT,
+    weights: dict[str, torch.Tensor],
+    whole: Whole = nullcontext,
+):
+    """Put saved trainable weights into a model, by every rank. Every name and shape must match."""
     wanted = set(trainable_names(model))
     if wanted != set(weights):
         missing, extra = sorted(wanted - set(weights)), sorted(set(weights) - wanted)
         raise ModelError(f"saved weights do not match model.train: missing {missing[:3]}, not trained here {extra[:3]}")
     parameters = dict(model.named_parameters())
     for name, value in weights.items():
-        if value.shape != parameters[name].shape:
-            found, shape = tuple(value.shape), tuple(parameters[name].shape)
+        found, shape = tuple(value.shape), shape_of(parameters[name])
+        if found != shape:
             raise ModelError(f"saved weights do not fit this model: {name} is {found}, wanted {shape}; another LLM?")
     with torch.no_grad():
         for name, value in weights.items():
-            parameters[name].copy_(value)
+            with whole([parameters[name]]):
+                parameters[name].copy_(value)
 
 
 # ---------------------------------------------------------------------------------------------------------- export
 
 
-def export(directory: Path, weights: dict[str, torch.Tensor], info: ModelInfo, tokenizer, dtype: torch.dtype):
-    """Write the model directory. weights: by parameter name of ProteinGPT, as a checkpoint holds them."""
+def export(
+    directory: Path,
+    weights: dict[str, torch.Tensor],
+    info: ModelInfo,
+    tokenizer,
+    dtype: torch.dtype,
+    adapter: LoraConfig | None = None,
+):
+    """Write the model directory. weights: by parameter name of ProteinGPT, as a checkpoint holds them. adapter: of LoRA,
+    whose weights then are all that there is of the LLM."""
     directory.mkdir(parents=True, exist_ok=True)
     parts = {
         prefix: {name.removeprefix(prefix): value.to(dtype) for name, value in weights.items() if name.startswith(prefix)}
         for prefix in (PROJECTOR, LLM)
     }
     save_file(parts[PROJECTOR], directory / PROJECTOR_FILE)
-    if parts[LLM]:
+    if adapter:
+        export_adapter(directory, parts[LLM], info, adapter, dtype)
+    elif parts[LLM]:
         (directory / "llm").mkdir(exist_ok=True)
         config = llm_config(info.llm)
         config.dtype = dtype
@@ -175,6 +271,26 @@ def export(directory: Path, weights: dict[str, torch.Tensor], info: ModelInfo, t
         save_file(parts[LLM], directory / "llm" / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save_pretrained(directory / "tokenizer")
     (directory / "model.json").write_text(json.dumps(asdict(info), indent=1) + "\n", encoding="utf-8")
+
+
+def export_adapter(directory: Path, weights: dict[str, torch.Tensor], info: ModelInfo, adapter: LoraConfig, dtype: torch.dtype):
+    """adapter/ beside the LLM that info names; or, merged, the whole LLM in llm/."""
+    lora.save_adapter(directory / lora.ADAPTER, weights, adapter, info.llm)
+    if adapter.merge_on_export:
+        llm = load_llm(info.llm, torch.float32)
+        put_adapter(llm, directory / lora.ADAPTER, torch.float32)
+        lora.merge(llm)
+        llm.to(dtype).save_pretrained(directory / "llm")
+        shutil.rmtree(directory / lora.ADAPTER)
+
+
+def put_adapter(llm, directory: Path, dtype: torch.dtype):
+    """An adapter directory into an LLM, as it was trained."""
+    try:
+        lora.add_adapters(llm, lora.read_config(directory), 0, dtype)
+        lora.load_adapter(llm, directory)
+    except lora.LoraError as error:
+        raise ModelError(str(error)) from error
 
 
 def read_info(directory: Path) -> ModelInfo:
@@ -191,8 +307,10 @@ def load_exported(directory: Path, dtype: torch.dtype, device) -> tuple[ProteinG
     """(model in eval mode, tokenizer, info) from an exported directory. The encoders are loaded by who needs them."""
     info = read_info(directory)
     own_llm = directory / "llm"
-    llm = load_llm(str(own_llm if own_llm.is_dir() else info.llm), dtype)
-    projector = Projector(info.structure_width, info.sequence_width, llm.config.hidden_size).to(dtype)
+    llm = load_llm(str(own_llm if own_llm.is_dir() else info.llm), dtype, device)
+    if (directory / lora.ADAPTER).is_dir():
+        put_adapter(llm, directory / lora.ADAPTER, dtype)
+    projector = make_projector(info, info.structure_width, info.sequence_width, llm.config.hidden_size).to(dtype)
     load_projector(projector, directory)
     tokenizer = AutoTokenizer.from_pretrained(directory / "tokenizer", local_files_only=True)
     return ProteinGPT(projector, llm).eval().requires_grad_(False).to(device), tokenizer, info

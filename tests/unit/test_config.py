@@ -67,6 +67,44 @@ def leaves(kind=RunConfig, path: str = ""):
             yield path + f.name, f
 
 
+# ------------------------------------------------------------------------------------------------ what trains
+
+
+def model_refusal(**model) -> str:
+    values = run_values()
+    values["model"] |= model
+    return message(from_dict, RunConfig, values)
+
+
+def test_adapters_are_settings_and_need_train_lora():
+    lora = command("--model.train", "lora", "--model.lora.rank", "8", "--model.lora.targets", "[q_proj, v_proj]").model.lora
+    assert (lora.rank, lora.targets, lora.dropout, lora.merge_on_export) == (8, ("q_proj", "v_proj"), 0.0, False)
+    assert command("--model.train", "lora", "--model.lora.targets", "null").model.lora.targets is None
+    assert "expected unset with train: projector" in model_refusal(lora={"rank": 8})
+    assert "model.llm_8bit is True, expected false with train: full" in model_refusal(train="full", llm_8bit=True)
+    for wrong, path in (({"rank": 0}, "rank"), ({"alpha": 0}, "alpha"), ({"dropout": 1}, "dropout"), ({"targets": []}, "targets")):
+        assert model_refusal(train="lora", lora=wrong).startswith(f"model.lora.{path} is ")
+    assert "model.lora.targets is 'q_proj', expected a list of strs" in model_refusal(train="lora", lora={"targets": "q_proj"})
+
+
+def test_a_projector_has_the_settings_of_its_kind_and_no_other():
+    for good in (
+        {"projector": "mlp"}, {"projector": "mlp", "projector_width": 64}, {"projector": "resampler", "projector_tokens": 32}
+    ):  # fmt: skip
+        values = run_values()
+        values["model"] |= good
+        assert from_dict(RunConfig, values).model.projector == good["projector"]
+    assert "model.projector_tokens is None, expected > 0" in model_refusal(projector="resampler")
+    assert "model.projector_tokens is 4, expected null" in model_refusal(projector="mlp", projector_tokens=4)
+    assert "model.projector_width is 64, expected null" in model_refusal(projector_width=64)
+
+
+def test_a_rate_of_the_llms_own_needs_an_llm_that_trains():
+    assert command("--instruct.llm_lr_factor", "0.1").instruct.llm_lr_factor == 0.1
+    assert "align.llm_lr_factor is 0.1, expected 1 with model.train: projector" in refusal(llm_lr_factor=0.1)
+    assert "align.llm_lr_factor is 0.0, expected > 0" in refusal(llm_lr_factor=0.0)
+
+
 # ------------------------------------------------------------------------------------------------ single settings
 
 

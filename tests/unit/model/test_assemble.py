@@ -207,6 +207,55 @@ def test_an_exported_model_is_the_model(directories, tmp_path, family, train):
     assert (tmp_path / "model" / "llm").exists() == (train == "full")
 
 
+PROJECTORS = {
+    "mlp": {"projector": "mlp", "projector_width": 24},
+    "resampler": {"projector": "resampler", "projector_tokens": 5},
+}
+
+
+@pytest.mark.parametrize("kind", PROJECTORS)
+def test_model_json_says_which_projector_it_is(directories, tmp_path, kind):
+    """The resampler's five tokens are as many as the rows here, so that the same positions serve."""
+    config = ModelConfig(llm=str(directories["llama"]), train="projector", **PROJECTORS[kind])
+    model = assemble.build_model(config, STRUCTURE_WIDTH, SEQUENCE_WIDTH, torch.float32, 3)
+    weights, wanted = changed(model), logits_of(model)
+    info = dataclasses.replace(make_info(directories["llama"]), **PROJECTORS[kind])
+    assemble.export(tmp_path, weights, info, assemble.load_tokenizer(info.llm), torch.float32)
+    loaded, _, found = assemble.load_exported(tmp_path, torch.float32, torch.device("cpu"))
+    assert found == info and torch.equal(logits_of(loaded), wanted)
+    with pytest.raises(ModelError, match="does not fit this LLM, model.projector"):
+        build(directories["llama"], "projector", init_from=tmp_path)
+    again = dataclasses.replace(config, init_from=str(tmp_path))
+    again = assemble.build_model(again, STRUCTURE_WIDTH, SEQUENCE_WIDTH, torch.float32, 4)
+    assert torch.equal(logits_of(again), wanted)
+
+
+def test_a_model_json_from_before_there_was_a_choice_is_linear(directories, tmp_path):
+    model = build(directories["llama"], "projector")
+    weights, wanted = changed(model), logits_of(model)
+    info = make_info(directories["llama"])
+    assemble.export(tmp_path, weights, info, assemble.load_tokenizer(info.llm), torch.float32)
+    values = json.loads((tmp_path / "model.json").read_text())
+    old = {name: value for name, value in values.items() if not name.startswith("projector")}
+    assert len(values) - len(old) == 3
+    (tmp_path / "model.json").write_text(json.dumps(old))
+    loaded, _, _ = assemble.load_exported(tmp_path, torch.float32, torch.device("cpu"))
+    assert torch.equal(logits_of(loaded), wanted)
+
+
+def test_a_frozen_llm_that_was_trained_before_is_the_one_that_is_named(directories, tmp_path):
+    """The projector learned before an LLM that an earlier run had trained in full: not before the one it came from."""
+    first = build(directories["llama"], "full")
+    tokenizer = assemble.load_tokenizer(str(directories["llama"]))
+    assemble.export(tmp_path / "one", changed(first), make_info(directories["llama"]), tokenizer, torch.float32)
+    config = ModelConfig(llm=str(directories["llama"]), train="projector", init_from=str(tmp_path / "one"))
+    second = build(directories["llama"], "projector", init_from=tmp_path / "one")
+    weights, wanted = changed(second), logits_of(second)
+    assemble.export(tmp_path / "two", weights, make_info(assemble.base_llm(config)), tokenizer, torch.float32)
+    loaded, _, _ = assemble.load_exported(tmp_path / "two", torch.float32, torch.device("cpu"))
+    assert torch.equal(logits_of(loaded), wanted)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_tied_embeddings_stay_tied(directories, tmp_path, family):
     model = build(directories[family])
@@ -232,8 +281,8 @@ def test_what_is_no_exported_model_is_refused_by_name(directories, tmp_path):
     with pytest.raises(ModelError, match="holds no model.json"):
         assemble.load_exported(tmp_path, torch.float32, torch.device("cpu"))
     with pytest.raises(ModelError, match="holds no projector.safetensors.*align"):
-        assemble.check_init_from(str(tmp_path))
-    assemble.check_init_from(None)
+        assemble.check_init_from(ModelConfig(train="full", init_from=str(tmp_path)))
+    assemble.check_init_from(ModelConfig(train="full"))
     model, info = build(directories["llama"]), make_info(directories["llama"])
     tokenizer = assemble.load_tokenizer(info.llm)
     other = dataclasses.replace(info, structure_width=STRUCTURE_WIDTH + 1)

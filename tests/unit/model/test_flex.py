@@ -191,6 +191,7 @@ def test_recomputing_in_the_backward_gives_the_same(with_backward):
     assert not counters["stats"].get("unique_graphs")
 
 
+@pytest.mark.nightly
 def test_the_compiled_kernel_reads_the_blocks_right(tmp_path, monkeypatch):
     """Compiled to C++, forward only: the one way on a CPU that goes by the table of blocks. Of several lengths."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
