@@ -23,14 +23,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from proteingpt.cluster.work import pdb_lengths
 from proteingpt.demo.encoders import write_tiny_esm2, write_tiny_esm_if1
 from proteingpt.encoders import fair_esm, load_esm2, load_esm_if1
 from proteingpt.encoders.esm2 import tokens_of
 from proteingpt.encoders.esm_if1 import inputs_of
 from proteingpt.protein import Protein
 
-# Lengths of PDB chains: median, 90th percentile, and a tail beyond it that falls as a power.
-MEDIAN_LENGTH, P90_LENGTH, TAIL_POWER, LONGEST = 230, 400, 2.5, 1500
 BATCH = 8
 
 # Layers, width, heads of the published ESM-2 models.
@@ -47,16 +46,6 @@ ESM_IF1_SIZE = dict(
 )
 # Dense bf16 FLOP/s by part of the device's name (NVIDIA data sheets, SXM).
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
-
-
-def pdb_lengths(num: int, seed: int) -> list[int]:
-    """Log-normal up to the 90th percentile, a power law above."""
-    quantile = np.random.default_rng((seed, num)).random(num)
-    sigma = np.log(P90_LENGTH / MEDIAN_LENGTH) / 1.2816
-    normal = torch.special.ndtri(torch.from_numpy(np.minimum(quantile, 0.9))).numpy()
-    body = MEDIAN_LENGTH * np.exp(sigma * normal)
-    tail = P90_LENGTH * ((1 - quantile) / 0.1) ** (-1 / TAIL_POWER)
-    return np.where(quantile < 0.9, body, tail).clip(20, LONGEST).astype(int).tolist()
 
 
 def random_protein(length: int, seed: int) -> Protein:
