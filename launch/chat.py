@@ -1,4 +1,4 @@
-"""python launch/chat.py --model RUN/model --structure FILE [--chain A] [--question "..."]"""
+"""python launch/chat.py --model RUN/model [--structure FILE] [--sequence LETTERS] [--question "..." [--json]] [--web]"""
 
 import sys
 

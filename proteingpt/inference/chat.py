@@ -1,82 +1,56 @@
-"""Ask a trained model about a structure file: once, or in a conversation.
+"""launch/chat.py: ask a trained model about proteins, once, in a conversation in the terminal, or on a page.
 
-Each question is asked of the protein afresh, as in training: the model has never seen an earlier answer in its prompt.
+Answers stream token by token. The conversation is kept for its reader, and is not fed to the model (see conversation.py).
 """
 
 import argparse
+import contextlib
+import inspect
+import json
+import shlex
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 import transformers
 
-from proteingpt.config import EncodersConfig
-from proteingpt.data.prompts import Prompt
-from proteingpt.data.structure import StructureError, read_entry
-from proteingpt.encoders.pair import Encoders
-from proteingpt.encoders.weights import BadCheckpoint, UnknownWeights, WeightsNotFound
-from proteingpt.inference.generate import answer
-from proteingpt.model import assemble
-from proteingpt.model.protein_gpt import ProteinGPT
+from proteingpt.inference import subject
+from proteingpt.inference.assistant import USER_ERRORS, Assistant
+from proteingpt.inference.conversation import NOTE, Exchange, SaveError, printable, save
+from proteingpt.inference.generate import Decoding
+from proteingpt.inference.page import serve
 from proteingpt.protein import Protein
 
-USER_ERRORS = (StructureError, assemble.ModelError, WeightsNotFound, UnknownWeights, BadCheckpoint)
+HELP = """\
+  /load FILE [CHAIN]        another protein, from a structure file; chain A, or the first, where none is named
+  /sequence LETTERS [NAME]  another protein, from its sequence alone
+  /use NAME                 ask about that one
+  /list                     the proteins that are loaded
+  /history                  what was asked and answered
+  /save FILE                write the conversation, as FILE.json or FILE.md
+  /help                     this
+Anything else is a question. Ctrl-C stops an answer, Ctrl-D ends. """
 
 
-@dataclass(frozen=True)
-class Assistant:
-    """A model with its encoders, ready to be asked."""
-
-    model: ProteinGPT
-    prompt: Prompt
-    encoders: Encoders
-    max_new_tokens: int = 300
-
-    @classmethod
-    def load(cls, directory: str | Path, *, device=None, max_new_tokens: int = 300) -> "Assistant":
-        """From a directory that training exported (RUN/model). On a GPU in bf16, on a CPU in fp32."""
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        model, tokenizer, info = assemble.load_exported(Path(directory), dtype, device)
-        encoders = Encoders.load(
-            EncodersConfig(
-                esm2=info.esm2, esm_if1=info.esm_if1, weights_dir=info.weights_dir, dtype=info.encoder_dtype
-            ),
-            device,
-        )
-        for encoder, wanted in (
-            (encoders.sequence, info.esm2_fingerprint),
-            (encoders.structure, info.esm_if1_fingerprint),
-        ):
-            if encoder.fingerprint != wanted:
-                raise assemble.ModelError(
-                    f"{type(encoder).__name__} has other weights (sha256 {encoder.fingerprint[:12]}) than those that "
-                    f"{directory} was trained with ({wanted[:12]}): its answers would mean nothing. Put the file back that "
-                    f"{Path(directory) / 'model.json'} names, or train again"
-                )
-        return cls(model, Prompt(tokenizer, info.template, max_answer_tokens=max_new_tokens), encoders, max_new_tokens)
-
-    def ask(self, protein: Protein, questions: list[str]) -> list[str]:
-        """Greedy answers, one for each question; N/A where the model has nothing to say."""
-        structure_rows, sequence_rows = self.encoders.encode([protein])
-        return answer(
-            self.model,
-            self.prompt,
-            structure_rows[0],
-            sequence_rows[0],
-            questions,
-            max_new_tokens=self.max_new_tokens,
-        )
+class OptionError(ValueError):
+    """Options that do not go together."""
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python launch/chat.py", description="Ask a trained model about a protein.")
+    parser = argparse.ArgumentParser(prog="python launch/chat.py", description="Ask a trained model about proteins.")
     parser.add_argument("--model", required=True, help="directory exported by training: RUN/model")
-    parser.add_argument("--structure", required=True, help="PDB, mmCIF or BinaryCIF file, plain or gzipped")
-    parser.add_argument("--chain", default="A", help="author chain id, or label:ID for mmCIF's own [A]")
-    parser.add_argument("--question", help="asked once; without it a conversation begins")
+    parser.add_argument("--structure", nargs="+", default=[], help="PDB, mmCIF or BinaryCIF files, plain or gzipped")
+    parser.add_argument("--chain", help="author chain id, or label:ID for mmCIF's own [A, or the first]")
+    parser.add_argument("--sequence", help="one-letter sequence: alone, or in place of that of the one structure")
+    parser.add_argument("--question", action="append", help="may be repeated; without it a conversation begins")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line: protein, question, answer, missing")
     parser.add_argument("--max-new-tokens", type=int, default=300, help="longest answer, in tokens [300]")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy [0]")
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this share [1]")
+    parser.add_argument("--seed", type=int, default=42, help="of the draws [42]")
+    parser.add_argument("--web", action="store_true", help="serve a page: upload, see, ask")
+    parser.add_argument("--host", default="127.0.0.1", help="address of the page [127.0.0.1: this machine alone]")
+    parser.add_argument("--port", type=int, default=0, help="of the page [0: any free one]")
     return parser
 
 
@@ -84,27 +58,179 @@ def main(argv: list[str]) -> int:
     args = make_parser().parse_args(argv)
     transformers.logging.disable_progress_bar()
     try:
-        protein = read_entry(args.structure).protein(args.chain)
-        assistant = Assistant.load(args.model, max_new_tokens=args.max_new_tokens)
-    except USER_ERRORS as error:
+        proteins, refused = open_proteins(args)
+        decoding = decoding_of(args)
+        for message in refused:
+            print(f"error: {message}", file=sys.stderr)
+        if refused and not proteins:
+            return 1
+        assistant = Assistant.load(args.model, max_new_tokens=args.max_new_tokens, decoding=decoding)
+        if args.web:
+            return serve(assistant, args.model, args.host, args.port)
+        if args.question is None:
+            Terminal(assistant, args.model, proteins).run()
+            return 0
+        return max(bool(refused), answer_once(assistant, proteins, args.question, args.json))
+    except (*USER_ERRORS, OptionError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if args.question is not None:
-        print(assistant.ask(protein, [args.question])[0])
-        return 0
-    print(f"{protein.id}, chain {protein.chain}: {len(protein)} residues, {protein.resolved.sum()} resolved.")
-    print("Ask about it; an empty line or Ctrl-D ends.")
-    converse(lambda question: assistant.ask(protein, [question])[0])
-    return 0
 
 
-def converse(ask):
-    while True:
+def decoding_of(args) -> Decoding:
+    try:
+        return Decoding(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+    except ValueError as error:
+        raise OptionError(str(error)) from None
+
+
+def open_proteins(args) -> tuple[list[Protein], list[str]]:
+    """(proteins, what is wrong with those that cannot be read). Raises OptionError."""
+    if args.web and (args.question or args.structure or args.sequence):
+        raise OptionError("--web takes proteins and questions on its page: leave --structure, --sequence, --question out")
+    if args.json and not args.question:
+        raise OptionError("--json is for questions asked once: give --question too")
+    if args.question and not (args.structure or args.sequence):
+        raise OptionError("--question asks about a protein: give --structure FILE or --sequence LETTERS")
+    if args.sequence and len(args.structure) > 1:
+        raise OptionError(f"--sequence belongs to one protein, and --structure names {len(args.structure)}")
+    if args.sequence and not args.structure:
+        return [subject.protein_of_sequence(args.sequence)], []
+    proteins, refused = [], []
+    for path in args.structure:
         try:
-            question = input("> ").strip()
-        except EOFError:
-            print()
+            protein = subject.read_structure(path, args.chain)[1]
+            proteins.append(subject.with_sequence(protein, args.sequence) if args.sequence else protein)
+        except subject.USER_ERRORS as error:
+            refused.append(str(error))
+    return proteins, refused
+
+
+def answer_once(assistant: Assistant, proteins: list[Protein], questions: list[str], as_json: bool) -> int:
+    """Answers on stdout, what was missing (with --json in its line) and what could not be asked on stderr."""
+    failed = 0
+    for protein in proteins:
+        name = subject.name_of(protein)
+        try:
+            notes, answers = assistant.missing(protein), assistant.ask(protein, questions)
+        except USER_ERRORS as error:
+            print(f"error: {error}", file=sys.stderr)
+            failed = 1
+            continue
+        for note in () if as_json else notes:
+            print(f"note: {name}: {note}", file=sys.stderr)
+        for question, answer in zip(questions, answers, strict=True):
+            exchange = Exchange(name, question, answer, tuple(notes))
+            print(json.dumps(exchange.to_json(), ensure_ascii=False) if as_json else answer, flush=True)
+    return failed
+
+
+class Terminal:
+    """A conversation. proteins: by their names, in the order they came; current: the one that is asked about."""
+
+    def __init__(self, assistant: Assistant, model: str, proteins: list[Protein]):
+        self.assistant, self.model = assistant, model
+        self.proteins: dict[str, Protein] = {}
+        self.current: str | None = None
+        self.exchanges: list[Exchange] = []
+        for protein in proteins:
+            self.add(protein)
+
+    def run(self):
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  late: only here does it change what input() does, with line editing and recall
+        print(f"{self.model}. {NOTE} /help lists the commands, Ctrl-D ends.")
+        if self.current is None:
+            print("Load a protein first: /load FILE [CHAIN], or /sequence LETTERS.")
+        while True:
+            try:
+                line = input(f"{self.current or ''}> ").strip()
+            except EOFError:
+                print()
+                return
+            except KeyboardInterrupt:
+                print()
+                continue
+            try:
+                self.obey(line)
+            except (*USER_ERRORS, SaveError) as error:
+                print(f"error: {printable(str(error))}")
+
+    def obey(self, line: str):
+        if not line.startswith("/"):
+            return self.ask(line) if line else None
+        word, _, rest = line.partition(" ")
+        commands = {
+            "/load": self.load, "/sequence": self.paste, "/use": self.use, "/list": self.list, "/history": self.history,
+            "/save": self.save, "/help": lambda: print(HELP),
+        }  # fmt: skip
+        if word not in commands:
+            print(f"{word} is no command: {', '.join(commands)}")
             return
-        if not question:
+        try:
+            words = inspect.signature(commands[word]).bind(*shlex.split(rest)).args
+        except (TypeError, ValueError):  # too many, too few, or a quote that is not closed
+            print(f"{word} {rest}: not understood; /help shows how it is used")
             return
-        print(ask(question), flush=True)
+        commands[word](*words)
+
+    def add(self, protein: Protein, name: str | None = None):
+        """Under a name of its own; it becomes the current one. Says what of it is missing."""
+        notes = self.assistant.missing(protein)
+        name = wanted = printable(name or subject.name_of(protein))
+        number = 1
+        while name in self.proteins:
+            number += 1
+            name = f"{wanted}-{number}"
+        self.proteins[name], self.current = protein, name
+        print(printable(f"{subject.summary(protein)}{'' if name == subject.name_of(protein) else f', called {name}'}."))
+        for note in notes:
+            print(f"  note: {note}")
+
+    def load(self, file, chain=None):
+        self.add(subject.read_structure(Path(file).expanduser(), chain)[1])
+
+    def paste(self, letters, name=None):
+        self.add(subject.protein_of_sequence(letters), name)
+
+    def use(self, name):
+        if name not in self.proteins:
+            print(f"{name} is not loaded: {', '.join(self.proteins) or 'nothing is'}")
+            return
+        self.current = name
+
+    def list(self):
+        for name, protein in self.proteins.items():
+            print(f"{'*' if name == self.current else ' '} {name}  ({printable(subject.summary(protein))})")
+        if not self.proteins:
+            print("nothing is loaded: /load FILE [CHAIN]")
+
+    def history(self):
+        for one in self.exchanges:
+            print(printable(f"{one.protein}> {one.question}\n{one.answer}"))
+        if not self.exchanges:
+            print("nothing was asked yet")
+
+    def save(self, file):
+        save(file, self.model, self.exchanges)
+        print(f"saved to {file}, questions and answers: {len(self.exchanges)}")
+
+    def ask(self, question: str):
+        if self.current is None:
+            print("no protein is loaded: /load FILE [CHAIN], or /sequence LETTERS")
+            return
+        protein, pieces = self.proteins[self.current], []
+        try:
+            with contextlib.closing(self.stream(protein, question)) as stream:
+                for piece in stream:
+                    pieces.append(piece)
+                    print(printable(piece), end="", flush=True)
+        except KeyboardInterrupt:
+            pieces.append(" [stopped]")
+            print(pieces[-1], end="")
+        print()
+        notes = tuple(self.assistant.missing(protein))
+        self.exchanges.append(Exchange(self.current, question, "".join(pieces).strip(), notes))
+
+    def stream(self, protein: Protein, question: str) -> Iterator[str]:
+        with self.assistant.lock:
+            yield from self.assistant.stream(protein, question)

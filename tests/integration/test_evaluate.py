@@ -5,44 +5,18 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from commands import REPOSITORY, execute
+from exported import export_model
 from openai_server import OpenAIServer
 from ranks import RankError
 
-from proteingpt.config import EncodersConfig, ModelConfig
-from proteingpt.data.prompts import TEMPLATES
 from proteingpt.data.shards import ShardSet, write_shards
 from proteingpt.distributed import stop
-from proteingpt.encoders.pair import Encoders
 from proteingpt.evaluation import run as evaluation
 from proteingpt.evaluation.contestants import TITLES
 from proteingpt.inference.chat import Assistant
-from proteingpt.model import assemble
 
 NUM_TEST = 4  # proteins of the demo's test split
-
-
-def export_model(directory: Path, assets: Path, seed: int) -> Path:
-    """RUN/model as training exports it, untrained."""
-    config = EncodersConfig(esm2=str(assets / "esm2_demo.pt"), esm_if1=str(assets / "esm_if1_demo.pt"), dtype="float32")
-    pair = Encoders.load(config, torch.device("cpu"))
-    model = assemble.build_model(
-        ModelConfig(llm=str(assets / "llm"), train="projector"),
-        pair.structure.width,
-        pair.sequence.width,
-        torch.float32,
-        seed,
-    )
-    info = assemble.ModelInfo(
-        llm=str(assets / "llm"), esm2=config.esm2, esm_if1=config.esm_if1, esm2_fingerprint=pair.sequence.fingerprint,
-        esm_if1_fingerprint=pair.structure.fingerprint, weights_dir="weights", encoder_dtype="float32",
-        structure_width=pair.structure.width, sequence_width=pair.sequence.width,
-        template=TEMPLATES["released", "instruct"], stage="instruct",
-    )  # fmt: skip
-    weights = {f"projector.{name}": 20 * value for name, value in model.projector.state_dict().items()}
-    assemble.export(directory, weights, info, assemble.load_tokenizer(str(assets / "llm")), torch.float32)
-    return directory
 
 
 @pytest.fixture(scope="module")
