@@ -8,7 +8,7 @@ setup(
     description="ProteinGPT (arXiv 2408.11363) as a DeepSpeed trainer: frozen ESM-2 and ESM-IF1, one projection each, any causal LM",
     python_requires=">=3.11",
     packages=find_packages(include=["proteingpt", "proteingpt.*"]),
-    package_data={"proteingpt": ["recipes/*.yaml", "data/*.txt"]},
+    package_data={"proteingpt": ["recipes/*.yaml", "data/*.txt", "evaluation/*.txt", "evaluation/*.css", "inference/static/*"]},
     install_requires=[
         "torch>=2.13",
         "deepspeed>=0.19.6",
@@ -23,6 +23,13 @@ setup(
         "tokenizers",
         "sentencepiece",
         "pyyaml",
+        "fsspec",
+        "peft>=0.21",
+        "accelerate>=1.15",
     ],
-    extras_require={"test": ["pytest", "hypothesis", "gemmi", "mpich"]},
+    extras_require={
+        "8bit": ["bitsandbytes>=0.50"],
+        "evaluation": ["bert-score>=0.3.13", "rouge-score>=0.1.2", "sacrebleu>=2.6", "nltk>=3.10"],
+        "test": ["pytest", "hypothesis", "gemmi", "mpich", "scikit-learn", "proteingpt[evaluation,8bit]"],
+    },
 )

@@ -75,7 +75,9 @@ def measured_capacity(engine, encoders, plan, device: torch.device, ranks_on_hos
     largest = sorted(range(len(packs)), key=lambda p: -tokens[p])[:2]
     once, twice = packs[largest[0]], packs[largest[0]] + packs[largest[-1]]
     sizes, peaks = [], []
-    for pack in (plan.data.collate(once), plan.data.collate(twice)):
+    for groups in (once, twice):
+        # None where no sample of it can be read: these are set aside, and a dry run needs no more than some pack.
+        pack = plan.data.collate(groups) or plan.data.stand_in(packs, tokens)
         try:
             peaks.append(peak_of(lambda: forward_and_gradients(engine, encoders, pack, device), device))
         except torch.OutOfMemoryError:
@@ -85,7 +87,8 @@ def measured_capacity(engine, encoders, plan, device: torch.device, ranks_on_hos
         sizes.append(pack.num_tokens)
     budget = memory_budget(device, ranks_on_host)
     # One pack that ran fits, whatever the margin says; where two did not, or not even one, nothing is left to reckon.
-    found = max(fit(sizes, peaks, budget), sizes[0]) if len(sizes) == 2 else sum(sizes)
+    # Two alike, as samples that cannot be read may leave them, make no line.
+    found = max(fit(sizes, peaks, budget), sizes[0]) if len(set(sizes)) == 2 else max(sizes, default=0)
     pack_tokens = plan.stage.tokens_per_pack
     if sizes:
         found = max(found, pack_tokens)

@@ -227,11 +227,18 @@ def failure(local: Local, step: int) -> Exception:
 
 
 def share_out_anew(local: Local, balance: Balance, step: int, device):
-    """Halve the limit of each rank that ran out of memory."""
+    """Halve the limit of each rank that ran out of memory. OutOfMemory, on all ranks, where one has not the memory for
+    what it repeats in silence: no forward of its own is over its limit, and less than that no rank can be given."""
     lacking = gather_objects(local.failed_tokens if local.is_out_of_memory else 0)
     local.error = None
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    for rank, num_tokens in enumerate(lacking):
+        if num_tokens > (balance.limits[rank] or num_tokens):
+            raise OutOfMemory(
+                f"rank {rank} has no memory for {num_tokens} tokens, the shortest pack of step {step}, even without packs of "
+                "its own: lower tokens_per_pack, set model.activation_checkpointing, or leave the device out"
+            )
     for rank, num_tokens in enumerate(lacking):
         if num_tokens:
             balance.lower(rank, num_tokens)

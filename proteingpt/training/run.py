@@ -129,7 +129,10 @@ def guarded(action: Callable[[], None], rank: Rank, watchdog: Watchdog) -> int:
         return REQUEUE
     except USER_ERRORS as error:
         said = str(error)
+        # What befell another rank may be no user's fault: that rank knows, and a restart may help.
+        code = FAILED if isinstance(error, RankFailed) else 1
     except OSError as error:
+        code = 1
         if error.errno not in DISK_ERRORS:
             return end_at_once(rank, watchdog)
         said = f"{error}: make room, or give another --output; the same command goes on from the last checkpoint"
@@ -138,7 +141,7 @@ def guarded(action: Callable[[], None], rank: Rank, watchdog: Watchdog) -> int:
     watchdog.fail()
     if watchdog.says_first(said):
         print(f"error: {said}", file=sys.stderr, flush=True)
-    return 1
+    return code
 
 
 def leave(watchdog: Watchdog):
@@ -185,8 +188,9 @@ def run(command: Command, rank: Rank, device, watchdog: Watchdog):
 
 def go_on(command: Command, rank: Rank, device, watchdog: Watchdog):
     """Begin the run, continue it, or show what it came to."""
-    on_first_rank(lambda: open_run(command))
+    # First: a start that is refused must not be asked for again and again by its batch script.
     on_first_rank(lambda: (command.output / REQUEUE_MARK).unlink(missing_ok=True))
+    on_first_rank(lambda: open_run(command))
     watchdog.keep_stacks_in(command.output)
     report = on_first_rank(lambda: read_report(command.output))
     if report:
@@ -333,7 +337,7 @@ class Run:
         for name, stage in self.config.stages.items():
             done = StageRun(self, name, stage, weights_from)
             num_steps[name] = done.plan.num_steps
-            if name != last and done.is_finished:
+            if name != last and done.is_finished and not done.misses_evaluation(num_steps[name]):
                 log.info("stage %s is finished already", name)
             else:
                 evaluation = done.run()
@@ -350,7 +354,11 @@ class Run:
             return None
         path = newest.parent / best["checkpoint"]
         if path != newest:
-            checkpoint.verify(path)
+            try:
+                checkpoint.verify(path)
+            except checkpoint.CheckpointError as error:  # the last one is exported already
+                log.warning("the best checkpoint is not exported: %s", error)
+                return None
             self.export(stage, path, self.output / "model-best")
         directory = self.output / ("model" if path == newest else "model-best")
         return {"step": checkpoint.step_of(path), best["metric"]: best["value"], "model": str(directory)}
@@ -447,7 +455,6 @@ def report_text(report: dict) -> str:
     structure, question = report.get("example_structure", "FILE"), report.get("example_question", "...")
     lines += [
         f"  model                  {report['model']}",
-        *best_text(report.get("best")),
         *best_text(report.get("best")),
         f"  ask it                 python launch/chat.py --model {report['model']} --structure {structure} "
         f'--question "{question}"',

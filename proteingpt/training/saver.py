@@ -7,6 +7,7 @@ checkpoint stays, and the next save point tries again; at a stage's end, or befo
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from proteingpt.training import checkpoint
@@ -14,12 +15,27 @@ from proteingpt.training.checkpoint import CheckpointError, Progress
 
 log = logging.getLogger("proteingpt")
 
+LOOK_SECONDS = 1.0
+
+
+def bytes_aside(directory: Path) -> int:
+    """Of the checkpoint that is being written; its files may be renamed meanwhile."""
+    total = 0
+    for path in directory.glob(".step-*/*"):
+        with suppress(OSError):
+            total += path.stat().st_size
+    return total
+
 
 class Saver:
-    """Of one stage, on rank 0 alone. failed: called for each save that the disk did not take."""
+    """Of one stage, on rank 0 alone. failed: called for each save that the disk did not take. grows: called now and then
+    while a save is waited for and its files grow: a slow disk is no hang."""
 
-    def __init__(self, directory: Path, keep_last: int, failed: Callable[[], None] = lambda: None):
-        self.directory, self.keep_last, self.failed = directory, keep_last, failed
+    def __init__(
+        self, directory: Path, keep_last: int, failed: Callable[[], None] = lambda: None,
+        grows: Callable[[], None] = lambda: None,
+    ):  # fmt: skip
+        self.directory, self.keep_last, self.failed, self.grows = directory, keep_last, failed, grows
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
         self.saved_step: int | None = None  # of the newest that is whole on the disk
@@ -42,7 +58,12 @@ class Saver:
         """For the save under way, if any."""
         if self.thread is None:
             return
-        self.thread.join()
+        size = 0
+        while self.thread.is_alive():
+            self.thread.join(LOOK_SECONDS)
+            before, size = size, bytes_aside(self.directory)
+            if size != before:
+                self.grows()
         self.thread, error, self.error = None, self.error, None
         if isinstance(error, CheckpointError):
             self.failed()

@@ -54,7 +54,10 @@ class StageRun:
         self.check_same_plan()
         self.resume_from = self.newest_checkpoint()
         self.progress = self.read_progress()
-        self.saver = Saver(self.directory, run.config.checkpoint.keep_last, lambda: run.ledger.count("failed_saves"))
+        self.saver = Saver(
+            self.directory, run.config.checkpoint.keep_last, lambda: run.ledger.count("failed_saves"),
+            lambda: run.watchdog.beat(f"{name}, waiting for the disk"),
+        )  # fmt: skip
         self.note_saved()
 
     def stage_data(self, shards: "ShardSet | Mixture") -> StageData:
@@ -94,7 +97,8 @@ class StageRun:
             log.warning("stage %s has steps of %d packs: some of the %d ranks idle", self.name, fewest, ranks)
 
     def check_same_plan(self):
-        seen = gather_objects(self.plan.fingerprint)
+        # The plan's fingerprint is of lengths: other texts or structures of the same lengths show in that of the shards.
+        seen = gather_objects((self.plan.fingerprint, self.plan.data.shards.fingerprint))
         other = [rank for rank, fingerprint in enumerate(seen) if fingerprint != seen[0]]
         if other:
             raise PlanError(f"ranks {other} see other data than rank 0: do all nodes hold the same shards and tokenizer?")
@@ -265,7 +269,7 @@ class StageRun:
 
     def progress_after(self, step: int, engine: Engine, balance: Balance, guard: Guard) -> checkpoint.Progress:
         return dataclasses.replace(
-            self.progress, steps_done=step, speeds=list(balance.agreed), limits=balance.limits,
+            self.progress, steps_done=step, speeds=list(balance.agreed), limits=list(balance.limits),
             guard=dataclasses.asdict(guard.state), scaler=engine.get_scaler(),
         )  # fmt: skip
 
@@ -288,8 +292,8 @@ class StageRun:
 
     def misses_evaluation(self, step: int) -> bool:
         """Whether the run ended between saving `step` and evaluating it."""
-        every = self.shared.config.evaluation.every_steps
-        return on_first_rank(lambda: due(step, every) and step not in evaluated_steps(self.directory / EVALUATIONS))
+        wanted = step == self.plan.num_steps or due(step, self.shared.config.evaluation.every_steps)
+        return on_first_rank(lambda: wanted and step not in evaluated_steps(self.directory / EVALUATIONS))
 
     def held_out(self) -> HeldOut:
         config = self.shared.config.evaluation
@@ -335,10 +339,13 @@ def due(step: int, every_steps: int | None) -> bool:
 
 
 def append_new_lines(path: Path, lines: list[str]):
-    """Those that are not there yet: a run that went back meets the same ones again."""
-    known = set(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else set()
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(line + "\n" for line in lines if line not in known)
+    """Those that are not there yet: a run that went back meets the same ones again. A full disk costs this file alone."""
+    try:
+        known = set(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else set()
+        with open(path, "a", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in lines if line not in known)
+    except OSError as error:
+        log.warning("%s cannot be written: %s", path, error.strerror)
 
 
 def write_predictions(predictions, path: Path):

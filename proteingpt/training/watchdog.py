@@ -42,6 +42,8 @@ class Watchdog:
         self.doing, self.beaten, self.is_watching = "starting", time.monotonic(), False
         self.ended, self.is_ending = threading.Event(), False
         self.heard: dict[int, tuple[dict, float]] = {}  # rank -> (what it said last, when that was new)
+        self.latest_beat = self.beaten  # of any rank, as far as is known here: one that waits for a slow one does not hang
+        self.last_word: bytes | None = None
         self.lost_store_at: float | None = None
         self.listener = Listener()
         self.launchers = launchers() if rank.launcher != "none" else ()
@@ -114,7 +116,8 @@ class Watchdog:
             if self.launchers and is_gone(self.launchers):
                 self.stop.ask("the launcher is gone")
             self.exchange()
-            if self.hang_seconds and self.is_watching and time.monotonic() - self.beaten > self.hang_seconds:
+            self.latest_beat = max(self.latest_beat, self.beaten)
+            if self.hang_seconds and self.is_watching and time.monotonic() - self.latest_beat > self.hang_seconds:
                 self.end_hung()
 
     def exchange(self):
@@ -136,6 +139,7 @@ class Watchdog:
                 if self.store.check([key]):
                     end()
             self.hear_others(now)
+            self.hear_of_latest_beat(now)
             self.lost_store_at = None
         except RuntimeError:  # torch's DistError: the store, which rank 0 keeps, is gone or stopped
             self.lost_store_at = self.lost_store_at or now
@@ -150,6 +154,15 @@ class Watchdog:
                 said = json.loads(self.store.get(key))
                 if rank not in self.heard or self.heard[rank][0]["tick"] != said["tick"]:
                     self.heard[rank] = said, now
+        if self.heard:
+            self.store.set("quiet", json.dumps([least_quiet(self.heard, now), now]))
+
+    def hear_of_latest_beat(self, now: float):
+        """Told by rank 0. Once it falls silent, its last word must not be taken for a new one."""
+        word = self.store.get("quiet") if self.store.check(["quiet"]) else None
+        if word and word != self.last_word:
+            self.last_word = word
+            self.latest_beat = max(self.latest_beat, now - json.loads(word)[0])
 
     def end_with_another(self):
         """Another rank failed, and said why: end soon, if the main thread has not noticed by itself."""
@@ -161,7 +174,7 @@ class Watchdog:
         now = time.monotonic()
         silent = silent_ranks(self.heard, now, self.silent_seconds)
         message = hang_message(
-            {rank: (said, now - when) for rank, (said, when) in self.heard.items()}, silent, now - self.beaten
+            {rank: (said, now - when) for rank, (said, when) in self.heard.items()}, silent, now - self.latest_beat
         )
         speaks = self.rank.is_first
         if self.lost_store_at is not None:  # rank 0, which would speak, does not answer
@@ -207,6 +220,11 @@ def send(pid: int, number: int):
 def silent_ranks(heard: dict[int, tuple[dict, float]], now: float, seconds: float) -> list[int]:
     """heard: {rank: (what it said last, when that was new)}."""
     return sorted(rank for rank, (_, when) in heard.items() if now - when > seconds)
+
+
+def least_quiet(heard: dict[int, tuple[dict, float]], now: float) -> float:
+    """Seconds since any rank has last gone on. heard: as above."""
+    return min(said["for"] + now - when for said, when in heard.values())
 
 
 def hang_message(heard: dict[int, tuple[dict, float]], silent: list[int], seconds: float) -> str:

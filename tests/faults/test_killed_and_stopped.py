@@ -87,6 +87,35 @@ def test_a_rank_that_hangs_is_named_and_every_stack_is_kept(fault_folder, calm, 
     assert_same_run(run, calm)
 
 
+@pytest.fixture(scope="module")
+def in_fp32(fault_folder):
+    """in_fp32(name, **more): a run in fp32; the others of this file are in bf16, as ds_configs/zero2.json says."""
+    ds_config = fault_folder / "fp32.json"
+    ds_config.write_text(json.dumps({"gradient_clipping": 1.0, "zero_optimization": {"stage": 2, "overlap_comm": False}}))
+    settings = {"--ds_config": ds_config, "--instruct.max_steps": 30}
+    return lambda name, more: FaultRun(fault_folder, f"fp32-{name}", {**settings, **more})
+
+
+@pytest.fixture(scope="module")
+def calm_in_fp32(in_fp32):
+    return in_fp32("calm", {}).finish()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("balance", ["equal", "measured"])
+def test_a_kill_in_fp32_changes_no_bit_and_under_measured_speeds_the_rounding_alone(in_fp32, calm_in_fp32, balance):
+    run = in_fp32(balance, {"--devices.balance": balance}).begin()
+    run.wait_for_step(EVERY + 3)
+    run.ranks[1].kill()
+    assert 0 not in run.codes()
+    run.finish()
+    if balance == "equal":
+        assert_same_run(run, calm_in_fp32)
+    for tag in ("loss", "held_out_loss"):
+        found, wanted = dict(run.curve(tag)), dict(calm_in_fp32.curve(tag))
+        assert found == pytest.approx(wanted, rel=1e-5)
+
+
 def test_the_ledger_adds_up(calm):
     (line,) = read_lines(calm.directory / NAME)
     assert line["ended"] == "finished" and line["useful_steps"] == NUM_STEPS + 2 and line["replayed_steps"] == 0

@@ -9,7 +9,7 @@ from small_run import Case, SmallRun, plain_losses, zero_options
 from proteingpt.config import DevicesConfig
 from proteingpt.data.plan import PlanError
 from proteingpt.training.balance import Balance
-from proteingpt.training.loop import RankFailed
+from proteingpt.training.loop import OutOfMemory, RankFailed
 
 RELATIVE = 1e-5
 MEBIBYTE = 2**20
@@ -48,7 +48,7 @@ def train_short_of_memory(rank, device, case, most_tokens: int, broken: bool = F
     balance = Balance(DevicesConfig(balance="equal"), device)
     try:
         recorder = run.train(engine, rank, device, balance=balance)
-    except (PlanError, RankFailed, KeyError) as error:
+    except (PlanError, OutOfMemory, RankFailed, KeyError) as error:
         return {"raised": type(error).__name__, "said": str(error)}
     engine.close()
     done = {"losses": recorder.losses, "norms": recorder.grad_norms, "limits": balance.limits}
@@ -89,6 +89,13 @@ def test_a_pack_that_fits_nowhere_ends_the_run_with_what_to_do(worlds, demo_asse
     for done in worlds(2)(train_short_of_memory, case, 60, False, (0, 1)):
         assert done["raised"] == "PlanError"
         assert "fits no rank" in done["said"] and "lower tokens_per_pack" in done["said"]
+
+
+def test_a_rank_that_has_no_memory_even_for_what_it_repeats_in_silence_ends_the_run(worlds, make_case):
+    """It would be given nothing, repeat the shortest pack all the same, and the step would be replayed for ever."""
+    for done in worlds(2)(train_short_of_memory, make_case(), 10):
+        assert done["raised"] == "OutOfMemory"
+        assert "rank 1 has no memory for" in done["said"] and "leave the device out" in done["said"]
 
 
 def test_another_error_of_one_rank_ends_both_and_none_waits(worlds, make_case):

@@ -98,6 +98,35 @@ def test_what_is_kept_may_change_without_asking_and_the_best_is_kept_and_exporte
     assert (Path(tmp_path) / best["model"] / "projector.safetensors").is_file()
 
 
+def test_a_finished_stage_whose_last_evaluation_was_cut_off_makes_it_again(again, tmp_path):
+    """As a kill leaves it between the stage's last save and its evaluation: a finished stage, and no line of it."""
+    notes = tmp_path / "run/align/evaluations.jsonl"
+    before = notes.read_text()
+    notes.unlink()
+    code, said = again()
+    assert code == 0, said
+    assert notes.read_text() == before and json.loads(before)["step"] == 2
+
+
+def test_a_best_checkpoint_that_broke_does_not_keep_a_finished_run_from_its_end(again, tmp_path):
+    directory = tmp_path / "run/instruct"
+    best = directory / "step-00000001"
+    shutil.copytree(checkpoints(directory)[0], best)
+    (best / "weights.safetensors").write_bytes(b"torn")
+    (directory / "best.json").write_text(json.dumps({"checkpoint": best.name, "metric": "loss", "value": -1.0}))
+    code, said = again("--checkpoint.keep_best", "loss")
+    assert code == 0 and "the best checkpoint is not exported: checkpoint" in said, said
+    assert json.loads((tmp_path / "run/report.json").read_text())["best"] is None
+
+
+def test_a_start_that_is_refused_takes_its_wish_to_be_started_again_back(again, tmp_path):
+    """Or a batch script that asks for RUN/requeue would requeue it for ever."""
+    (tmp_path / "run/requeue").write_text("SIGUSR1\n")
+    code, said = again("--seed", "12")
+    assert code == 1 and "seed" in said
+    assert not (tmp_path / "run/requeue").exists()
+
+
 def test_a_name_that_is_none_is_refused(again):
     code, said = again("--allow-changed", "lr")
     assert code == 1 and "--allow-changed is 'lr'" in said and "tokenizer" in said

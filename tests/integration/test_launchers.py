@@ -52,6 +52,7 @@ def losses(run: Path) -> list[float]:
     return values
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_every_launcher_gives_the_same_losses(folder, expected, launcher):
     if launcher == "openmpi" and OPEN_MPI is None:
@@ -61,6 +62,7 @@ def test_every_launcher_gives_the_same_losses(folder, expected, launcher):
     assert losses(folder / "runs" / launcher) == expected
 
 
+@pytest.mark.nightly
 def test_preflight_under_a_launcher_lists_every_rank(folder, expected):
     done = execute("launch/mpi/run.sh -n 2 -- launch/preflight.py --data shards/demo --json", folder)
     said = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))

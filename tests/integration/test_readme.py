@@ -50,11 +50,18 @@ def small(demo_assets: Path, stage: str) -> str:
 def test_align_then_instruct_then_ask(place, demo_assets):
     """The three real commands, one after the other, as they stand but for the encoders' weights and the length."""
     assert [re.search(r"--recipe (\S+)", command)[1] for command in TRAIN] == ["paper-align", "paper-instruct"]
+    cache = next(command for command in COMMANDS if "launch/cache_embeddings.py" in command)
+    encoders = f" --esm2 {demo_assets}/esm2_demo.pt --esm-if {demo_assets}/esm_if1_demo.pt"
+    cached = execute(cache + encoders, place)
+    assert cached.returncode == 0, cached.stderr[-3000:]
     for command, stage in zip(TRAIN, ("align", "instruct")):
         process = execute(command + small(demo_assets, stage), place)
         assert process.returncode == 0, process.stderr[-3000:]
     report = json.loads((place / "runs/paper-instruct/report.json").read_text())
     assert report["steps_by_stage"] == {"instruct": 2} and report["num_questions"] == 16
+    evaluate = next(command for command in COMMANDS if "launch/evaluate.py" in command)
+    scored = execute(f"{evaluate} --proteins 2 --max-new-tokens 4", place)
+    assert scored.returncode == 0 and (place / "report/index.html").is_file(), scored.stderr[-3000:]
     ask = next(command for command in COMMANDS if "launch/chat.py" in command)
     asked = execute(ask.replace("1cbs.cif", str(demo_assets / "example.pdb")), place)
     assert asked.returncode == 0 and asked.stdout.strip(), asked.stderr

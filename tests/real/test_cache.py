@@ -13,7 +13,10 @@ from proteingpt.data.shards import ShardSet
 from proteingpt.encoders.cache import CachedEncoders
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "proteinchat"
-pytestmark = pytest.mark.skipif(not REAL.is_dir(), reason=f"the published data in {REAL} are absent")
+pytestmark = [
+    pytest.mark.nightly,
+    pytest.mark.skipif(not REAL.is_dir(), reason=f"the published data in {REAL} are absent"),
+]
 
 
 @pytest.fixture(scope="module")

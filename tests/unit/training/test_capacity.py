@@ -1,5 +1,7 @@
 """What a device holds: the line by hand, the memory of this process, and a dry run that changes nothing learned."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -134,3 +136,34 @@ def test_a_device_too_small_for_a_pack_is_named_on_all_ranks(worlds, demo_assets
     case = Case(str(demo_assets), str(qwen2), "projector", zero_options("zero2"))
     first, second = worlds(2)(measure_in_a_small_device, case)
     assert first == second and first.startswith("rank 1 on ") and "a forward of 600 tokens does not fit" in first
+
+
+def measure(rank, device, case: Case):
+    run = SmallRun(case)
+    engine = run.engine()
+    found = capacity.agreed("auto", engine, run.encoders, run.plan, device)
+    engine.close()
+    return found, sorted(run.data.set_aside.reasons)
+
+
+def damage(directory: Path, sample: int):
+    """A bit of its coordinates."""
+    record = json.loads((directory / "train-00000.index.jsonl").read_text().splitlines()[sample])
+    content = bytearray((directory / "train-00000.tar").read_bytes())
+    content[record["members"]["backbone.npy"][0] + 200] ^= 8
+    (directory / "train-00000.tar").write_bytes(content)
+
+
+def test_packs_that_cannot_be_read_are_measured_by_others(worlds, demo_assets, qwen2, tmp_path):
+    """All of the first step's largest pack, so that both forwards of the dry run lack it."""
+    directory = tmp_path / "damaged"
+    shutil.copytree(demo_assets, directory)
+    case = Case(str(directory), str(qwen2), "projector", zero_options("zero2"))
+    run = SmallRun(case)
+    packs, tokens = run.plan.packs(0)
+    bad = sorted({sample for sample, _ in packs[tokens.index(max(tokens))]})
+    for sample in bad:
+        damage(directory, sample)
+    for found, reasons in worlds(2)(measure, case):
+        assert len(found) == 2 and all(tokens >= 600 and tokens % 600 == 0 for tokens in found)
+        assert set(reasons) >= {run.shards.keys[sample] for sample in bad}

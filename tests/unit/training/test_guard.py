@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proteingpt.config import GuardConfig
+from proteingpt.config import GuardConfig, RunConfig, from_dict, read_recipe
 from proteingpt.training.guard import (
     Action,
     GuardState,
@@ -81,6 +81,16 @@ def test_without_a_factor_only_what_is_not_finite_is_bad():
     config = replace(SMALL, spike_factor=None, norm_factor=None)
     state, _ = run(config, HEALTHY * 4)
     assert fault(state, config, Seen(9, 1e30, 1e30)) is None and fault(state, config, Seen(9, NAN, 1.0))
+
+
+@pytest.mark.parametrize("name", ["paper-align", "paper-instruct", "released-align", "released-instruct"])
+def test_with_four_samples_a_step_only_what_is_not_finite_is_skipped(name):
+    """Steps of 0.02 nats a token, and then one whose four short answers have one that is missed by 6: healthy, and 1.5."""
+    guard = from_dict(RunConfig, read_recipe(name)).guard
+    usual = GuardState(losses=(0.02,) * guard.window, norms=(0.01,) * guard.window)
+    missed = Seen(100, (3 * 0.02 + 6) / 4, 2.0)
+    assert fault(usual, guard, missed) is None and fault(usual, GuardConfig(), missed) is not None
+    assert fault(usual, guard, Seen(100, NAN, 2.0)) is not None
 
 
 def test_a_bad_step_is_skipped_and_is_not_part_of_what_is_usual():

@@ -3,6 +3,8 @@
 import json
 import resource
 import signal
+import threading
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -73,3 +75,24 @@ def test_the_best_is_marked_once_it_is_on_the_disk(tmp_path):
     saver.mark_best(2, "loss", 0.4)  # never saved
     assert read_best(tmp_path) == json.loads((tmp_path / "best.json").read_text())
     assert read_best(tmp_path)["checkpoint"] == "step-00000001"
+
+
+def test_a_slow_disk_is_told_from_one_that_stands_still(tmp_path):
+    """A save whose file grows for two seconds and then does not for three: signs of life come with the bytes alone."""
+    signs, still = [], []
+    saver = Saver(tmp_path, 2, grows=lambda: signs.append(time.monotonic()))
+
+    def write_slowly():
+        aside = tmp_path / ".step-00000001.partial"
+        aside.mkdir()
+        with open(aside / "weights.safetensors", "wb", buffering=0) as file:
+            for _ in range(20):
+                file.write(b"0" * 100)
+                time.sleep(0.1)
+        still.append(time.monotonic())
+        time.sleep(3.5)
+
+    saver.thread = threading.Thread(target=write_slowly)
+    saver.thread.start()
+    saver.wait()
+    assert signs and all(moment < still[0] + 1.5 for moment in signs)

@@ -4,9 +4,12 @@ import os
 
 import pytest
 
+from proteingpt.config import ConfigError
 from proteingpt.distributed import Rank
+from proteingpt.training.loop import RankFailed
+from proteingpt.training.run import guarded
 from proteingpt.training.signals import StopRequest
-from proteingpt.training.watchdog import Watchdog, hang_message, silent_ranks
+from proteingpt.training.watchdog import FAILED, Watchdog, hang_message, least_quiet, silent_ranks
 
 
 def said(pid: int, doing: str) -> dict:
@@ -28,6 +31,12 @@ def test_the_message_names_the_silent_first_and_what_all_were_at():
 
 def test_without_others_it_is_said_all_the_same():
     assert "the run hangs: nothing has gone on for 5 s" in hang_message({}, [], 5.0)
+
+
+def test_the_run_is_as_quiet_as_the_rank_that_went_on_last():
+    """Rank 0 said 3 s ago that it had waited for 900; rank 1, just now, that it had gone on 2 s before."""
+    assert least_quiet({0: ({"for": 900.0}, 97.0), 1: ({"for": 2.0}, 100.0)}, 100.0) == 2.0
+    assert least_quiet({0: ({"for": 900.0}, 97.0), 1: ({"for": 2.0}, 40.0)}, 100.0) == 62.0
 
 
 @pytest.fixture
@@ -53,6 +62,21 @@ def test_a_stack_is_written_on_the_signal_by_which_others_ask_for_it(watchdog, t
     assert "test_a_stack_is_written_on_the_signal" in text and "most recent call first" in text
 
 
+def test_news_of_another_ranks_fault_is_no_users_error(watchdog, capfd):
+    """With 1 a restart would not be tried; a user's error gives 1 on the rank that met it, which decides."""
+
+    def raising(error: Exception):
+        def action():
+            raise error
+
+        return action
+
+    rank = Rank(0, 1, 0, "127.0.0.1", 0, "none")
+    assert guarded(raising(RankFailed("rank 1 at step 3: RuntimeError: CUDA error")), rank, watchdog) == FAILED
+    assert guarded(raising(ConfigError("data.shards is not set")), rank, watchdog) == 1
+    assert capfd.readouterr().err.count("error: ") == 2
+
+
 def test_what_all_find_out_is_said_once(worlds):
     answers = worlds(2)(say_on_rank)
     assert sorted(answers) == [[False, False], [True, True]] or sorted(map(sum, answers)) == [1, 1]
@@ -68,3 +92,27 @@ def say_on_rank(rank, device) -> list[bool]:
         dist.barrier()
         made.close()
         dist.barrier()
+
+
+def test_ranks_that_wait_for_a_slow_one_that_goes_on_do_not_hang(worlds):
+    """Each rank in turn waits for thrice what it may be silent: were that a hang, its process would be gone."""
+    assert worlds(2)(wait_on_rank, 1) == [True, True]
+    assert worlds(2)(wait_on_rank, 0) == [True, True]
+
+
+def wait_on_rank(rank, device, slow: int) -> bool:
+    import time
+
+    import torch.distributed as dist
+
+    made = Watchdog(rank, StopRequest(), hang_seconds=2)
+    try:
+        with made.watching():
+            for _ in range(30 if rank.rank == slow else 0):
+                made.beat("a long evaluation")
+                time.sleep(0.2)
+            dist.barrier()
+    finally:
+        made.close()
+        dist.barrier()
+    return True
