@@ -113,12 +113,12 @@ RUN = (
 )
 
 
-def test_a_run_goes_back_to_its_checkpoint_and_past_the_steps_and_ends_well(tmp_path, demo_assets):
+def test_a_run_goes_back_to_its_checkpoint_and_past_the_steps_and_ends_well(tmp_path):
     (tmp_path / "fp32.json").write_text('{"zero_optimization": {"stage": 2, "overlap_comm": false}}')
     recipe = {name: section for name, section in read_recipe("demo").items() if name not in ("recipe", "align")}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (tmp_path / "sabotaged.py").write_text(SABOTAGED)
-    command = RUN.format(ds_config="fp32.json", assets=demo_assets)
+    command = RUN.format(ds_config="fp32.json", assets=tmp_path / "assets")  # of its own: other settings make them anew
     done = execute(f"{sys.executable} sabotaged.py {command}", tmp_path, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [line for line in done.stdout.splitlines() if line.startswith("attempt")] == [

@@ -45,7 +45,7 @@ def test_the_peak_of_a_process_is_what_it_held_in_between():
     """256 MB that are gone when it is asked."""
     before = capacity.of_process("VmRSS")
     peak = peak_of(lambda: torch.ones(2**26).sum(), CPU)
-    assert 2**28 <= peak - before < 2**28 + 2**26
+    assert 2**28 - 2**24 < peak - before < 2**28 + 2**26  # the allocator gives back a little of what was there before
     assert capacity.of_process("VmRSS") - before < 2**26
     assert peak_of(lambda: None, CPU) < peak - 2**27, "the peak before is forgotten"
 
