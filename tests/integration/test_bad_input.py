@@ -83,6 +83,7 @@ def test_fp16_on_a_cpu_is_refused_before_anything_loads(train, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.nightly
 def test_more_ranks_than_samples(tmp_path):
     folder = workplace(tmp_path)
     process = execute(

@@ -91,7 +91,10 @@ def test_another_recipe_in_the_same_place_is_refused_by_naming_the_difference(de
 SHORT = "--demo.num_proteins 20 --align.max_steps 3 --instruct.max_steps 3 --evaluation.num_proteins 4"
 
 
-@pytest.mark.parametrize("config", ["zero1", "zero2_offload", "zero3", "zero3_offload"])
+OFFLOAD = [pytest.param(name, marks=pytest.mark.nightly) for name in ("zero2_offload", "zero3_offload")]
+
+
+@pytest.mark.parametrize("config", ["zero1", "zero3", *OFFLOAD])
 def test_every_ready_configuration_runs_the_demo(config, tmp_path):
     folder = workplace(tmp_path)
     launcher = "torchrun --nproc-per-node 2 --standalone" if config == "zero3" else "deepspeed"

@@ -9,7 +9,10 @@ from commands import execute, workplace
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 STRUCTURES = Path(__file__).parents[3] / "shared" / "data" / "pdb"
-pytestmark = pytest.mark.skipif(not STRUCTURES.is_dir(), reason="../shared/data is absent: no real structures to train on")
+pytestmark = [
+    pytest.mark.nightly,
+    pytest.mark.skipif(not STRUCTURES.is_dir(), reason="../shared/data is absent: no real structures to train on"),
+]
 
 NUM_FILES = 48
 

@@ -259,6 +259,7 @@ def zero2(pytestconfig):
     return str(pytestconfig.rootpath / "ds_configs" / "zero2.json")
 
 
+@pytest.mark.nightly
 def test_what_fits_and_what_does_not(zero2, capsys):
     """The exit code says which; too little memory comes with what to change."""
     arguments = [*LITTLE, zero2, "--encoders.esm2", "esm2_t6_8M_UR50D"]
@@ -274,6 +275,7 @@ def test_what_fits_and_what_does_not(zero2, capsys):
     assert "assumed: 51% (LLM-Foundry, 7B)" in said
 
 
+@pytest.mark.nightly
 def test_a_calibration_takes_the_place_of_what_is_assumed(zero2, tmp_path, capsys):
     """Half the measured rate, twice the hours, where nothing else takes time."""
     hours = []

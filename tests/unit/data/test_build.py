@@ -306,6 +306,7 @@ def test_a_fault_of_the_reader_is_a_skip_too(tmp_path, monkeypatch):
     assert outcome.skips == (Skip("1abc.pdb", "1abc", "", "reader failed", "ZeroDivisionError: no atoms"),)
 
 
+@pytest.mark.nightly
 def test_a_parsing_process_that_dies_is_named_with_the_file_it_had(tmp_path):
     """A worker is killed while it waits for a file that does not come (a pipe nobody writes to)."""
     os.mkfifo(tmp_path / "1abc.cif")

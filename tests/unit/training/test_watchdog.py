@@ -94,6 +94,7 @@ def say_on_rank(rank, device) -> list[bool]:
         dist.barrier()
 
 
+@pytest.mark.nightly
 def test_ranks_that_wait_for_a_slow_one_that_goes_on_do_not_hang(worlds):
     """Each rank in turn waits for thrice what it may be silent: were that a hang, its process would be gone."""
     assert worlds(2)(wait_on_rank, 1) == [True, True]
