@@ -41,7 +41,7 @@ from proteingpt.data.prompts import TEMPLATES
 from proteingpt.data.set_aside import readable_texts
 from proteingpt.data.shards import ShardCache, ShardError
 from proteingpt.demo.assets import EXAMPLE, make_assets, with_assets
-from proteingpt.distributed import LaunchError, Rank, detect, from_first_rank, on_first_rank, start, stop
+from proteingpt.distributed import LaunchError, Rank, detect, from_first_rank, gather_objects, on_first_rank, start, stop
 from proteingpt.encoders.cache import CachedEncoders, with_names
 from proteingpt.encoders.cache import check as check_cache
 from proteingpt.encoders.pair import Encoders, Remembering
@@ -201,6 +201,8 @@ def go_on(command: Command, rank: Rank, device, watchdog: Watchdog):
             report = Run(command, rank, device, watchdog, ledger).all_stages()
         except Stopped:
             ledger.end("stopped")
+            # Only the rank that was told is sure to know why: the others may have it from the agreement alone.
+            watchdog.stop.ask(next(filter(None, gather_objects(watchdog.stop.reason)), "another rank"))
             on_first_rank(lambda: checkpoint.replace_text(command.output / REQUEUE_MARK, f"{watchdog.stop.reason}\n"))
             raise
         ledger.end("finished")
