@@ -10,12 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+from killing import content, killed_at
 
 from proteingpt.data import crew
 from proteingpt.data.build import build
 
 REPOSITORY = Path(__file__).parents[2]
-EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"}
 OPTIONS = dict(samples_per_shard=2, test_fraction=0.3)
 
 
@@ -46,33 +46,12 @@ def whole(structures, tmp_path_factory):
     return content(out)
 
 
-def content(out: Path) -> dict[str, bytes]:
-    return {path.relative_to(out).as_posix(): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
-
-
 def build_and_die(structures: Path, out: Path, last_event: int) -> bool:
-    """Builds in a child that SIGKILLs itself at its last_event-th touch of a file in `out`; whether it came so far."""
-    child = os.fork()
-    if child == 0:
-        num_events = 0
+    def work():
+        crew.BATCH_FILES = 2
+        build(structures, out, **OPTIONS)
 
-        def count(event: str, arguments: tuple) -> None:
-            nonlocal num_events
-            if event in EVENTS and arguments and str(arguments[0]).startswith(str(out)):
-                num_events += 1
-                if num_events == last_event:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        try:
-            crew.BATCH_FILES = 2
-            sys.addaudithook(count)
-            build(structures, out, **OPTIONS)
-            os._exit(0)
-        finally:
-            os._exit(1)
-    status = os.waitpid(child, 0)[1]
-    assert status in (0, signal.SIGKILL), f"the build failed of itself: {status}"
-    return status == signal.SIGKILL
+    return killed_at(last_event, out, work)
 
 
 def test_killed_at_any_touch_of_a_file_a_build_ends_with_the_same_bytes(structures, whole, tmp_path):

@@ -1,19 +1,16 @@
 """An embedding cache that is killed, for real, goes on where it was and ends with the bytes of one that was not."""
 
-import os
 import shutil
-import signal
-import sys
 from pathlib import Path
 
 import pytest
+from killing import content, killed_at
 
 from proteingpt.config import EncodersConfig
 from proteingpt.data.shards import ShardSet, write_shards
 from proteingpt.distributed import Rank, start
 from proteingpt.encoders.cache_run import cache_embeddings
 
-EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"}
 ALONE = Rank(0, 1, 0, "127.0.0.1", 0, "none")
 
 
@@ -28,33 +25,8 @@ def data(demo_assets, tmp_path_factory):
 
 
 def cache_in_child(data: Path, out: Path, assets: Path, last_event: int | None) -> bool:
-    """Caches in a child that SIGKILLs itself at its last_event-th touch of a file in `out`; whether it came so far."""
-    child = os.fork()
-    if child == 0:
-        num_events = 0
-
-        def count(event: str, arguments: tuple) -> None:
-            nonlocal num_events
-            if event in EVENTS and arguments and str(arguments[0]).startswith(str(out)):
-                num_events += 1
-                if num_events == last_event:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        status = 1
-        try:
-            sys.addaudithook(count)
-            weights = {"esm2": f"{assets}/esm2_demo.pt", "esm_if1": f"{assets}/esm_if1_demo.pt"}
-            cache_embeddings(data, out, EncodersConfig(**weights), ALONE, start(ALONE))
-            status = 0
-        finally:
-            os._exit(status)
-    status = os.waitpid(child, 0)[1]
-    assert status in (0, signal.SIGKILL), f"it failed of itself: {status}"
-    return status == signal.SIGKILL
-
-
-def content(out: Path) -> dict[str, bytes]:
-    return {path.relative_to(out).as_posix(): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+    weights = {"esm2": f"{assets}/esm2_demo.pt", "esm_if1": f"{assets}/esm_if1_demo.pt"}
+    return killed_at(last_event, out, lambda: cache_embeddings(data, out, EncodersConfig(**weights), ALONE, start(ALONE)))
 
 
 def test_killed_at_any_touch_of_a_file_it_ends_with_the_same_bytes(data, demo_assets, tmp_path):
