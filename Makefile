@@ -24,7 +24,8 @@ train: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed launch/train.py --ds_config ds_configs/zero2.json --output runs/demo
 
 test: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest tests -m "not nightly"
+	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest tests/unit -n 2 --dist loadfile -m "not nightly"
+	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest tests --ignore tests/unit -m "not nightly"
 
 test-faults: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest tests/faults

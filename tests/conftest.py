@@ -1,6 +1,10 @@
 """What many tests share."""
 
 import os
+import signal
+
+# A shell that starts the tests in the background leaves them, and every process they start, deaf to Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before torch is imported: two cores are shared with other processes, and DeepSpeed must not look for a GPU.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -183,7 +183,10 @@ def page(model):
         yield re.fullmatch(r"page: (http://127\.0\.0\.1:\d+/)\n", process.stdout.readline())[1]
     finally:
         process.send_signal(signal.SIGINT)
-        rest, _ = process.communicate(timeout=20)
+        try:
+            rest, _ = process.communicate(timeout=20)
+        finally:
+            process.kill()
         assert process.returncode == 0 and rest == "\n"
 
 
