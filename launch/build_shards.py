@@ -9,6 +9,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+from proteingpt.console import run_command
 from proteingpt.data.build import BuildError, build, format_report
 from proteingpt.data.rcsb import Addresses
 from proteingpt.data.shards import ShardError
@@ -46,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--max_residues", type=int, help="skip chains with more residues")
     add("--max_resolution", type=float, metavar="ANGSTROM", help="skip entries with a worse resolution, or none")
     add("--methods", nargs="+", default=(), metavar="METHOD", help="only these: x-ray nmr em neutron ... predicted")
+    add("--seconds_per_file", type=float, default=300.0, help="skip a file that takes longer to read (default: 300)")
     add("--max_failed_share", type=float, help="stop if a larger share of entries fails, 0 to 1 (default: never)")
 
     add = parser.add_argument_group("what is held out for testing").add_argument
@@ -78,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from proteingpt.console import run_command
 from proteingpt.encoders.check import check_encoders, format_result
 
 
@@ -40,4 +41,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -2,7 +2,8 @@
 
 import sys
 
+from proteingpt.console import run_command
 from proteingpt.evaluation.run import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -4,8 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from proteingpt.console import run_command
 from proteingpt.data.open_questions import DEFAULT_PROMPT, OpenQuestionsError
-from proteingpt.data.open_questions_run import run
+from proteingpt.data.open_questions_command import run
 from proteingpt.data.published import PublishedDataError
 from proteingpt.data.shards import ShardError
 from proteingpt.endpoint import DEFAULT_KEY_VARIABLE, EndpointError
@@ -55,4 +56,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

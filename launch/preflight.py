@@ -3,6 +3,7 @@
 import sys
 
 from proteingpt.cluster.preflight import main
+from proteingpt.console import run_command
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:]))

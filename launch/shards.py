@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from proteingpt.console import run_command
 from proteingpt.data.report import PICTURE_NAME, draw_info, format_info, read_info
 from proteingpt.data.shards import ShardError, find_faults, replacing
 
@@ -45,4 +46,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

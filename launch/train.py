@@ -1,4 +1,4 @@
-"""deepspeed launch/train.py --ds_config ds_configs/zero2.json [--recipe R] [--data DIR] [--llm DIR] [--output DIR] ..."""
+"""deepspeed launch/train.py --ds_config ds_configs/zero2.json [--recipe R] [--data DIR] [--output DIR] ..."""
 
 import sys
 
