@@ -1,13 +1,14 @@
 """Two unlike ranks: tokens per second together, over the sum of what each does alone.
 
-    python -m benchmarks.mixed_devices [--steps 40] [--rounds 3]
+    python -m benchmarks.mixed_devices [--steps 40] [--warm 15] [--rounds 3]
 
 Two real ranks under ds_configs/zero2.json, each on a core of its own. The slow one shares its core with a process that
 only burns time, so it has half of it: a handicap from outside, which no clock in the trainer knows of. A round is three
-runs, one after another: each alone, as two worlds of one *at the same time*, so that what the cores take from each other
-(memory, caches, clock) they take here as well; together with measured speeds; together with an equal split. `ratio` is the
-median over the rounds of together over the sum of the alone of the same round, `limit` what whole packs and those two
-speeds imply, with communication free. Then a simulation of larger clusters, with published rates and noise.
+runs, one after another: each alone, as two worlds of one *at the same time*, so that what the cores take from each
+other (memory, caches, clock) they take here as well; together with measured speeds; together with an equal split.
+`ratio` is the median over the rounds of together over the sum of the alone of the same round, `limit` what whole packs
+and those two speeds imply, with communication free. Then a simulation of larger clusters, with published rates and
+noise.
 """
 
 import argparse
@@ -25,10 +26,11 @@ from statistics import median
 import numpy as np
 
 from benchmarks import world
+from proteingpt.config import DevicesConfig
 from proteingpt.data import shares as sharing
+from proteingpt.training.balance import LAG, MEMORY
 
 REPOSITORY = Path(__file__).parents[1]
-WARM_STEPS = 15  # until the ranks have measured each other and shared out anew
 # Tokens per second of 7B training on one GPU (LLM-Foundry's published table).
 H100, A100_40 = 10_643.0, 3_679.0
 
@@ -39,14 +41,19 @@ def burn(core: int):
         pass
 
 
-def start_rank(directory: Path, rank: int, world_size: int, core: int, port: int, steps: int, balance: str):
+def start_rank(
+    directory: Path, rank: int, world_size: int, core: int, port: int, steps: tuple[int, int], balance: str
+) -> subprocess.Popen:
+    """steps: all, and those of them that are not counted."""
     env = {
         **os.environ, "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     command = [sys.executable, "-m", "benchmarks.mixed_devices", "--worker", str(directory), "--core", str(core)]
-    command += ["--steps", str(steps), "--balance", balance]
-    return subprocess.Popen(command, env=env, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    command += ["--steps", str(steps[0]), "--warm", str(steps[1]), "--balance", balance]
+    return subprocess.Popen(
+        command, env=env, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
 
 
 def result(process: subprocess.Popen) -> dict:
@@ -55,12 +62,12 @@ def result(process: subprocess.Popen) -> dict:
     return json.loads(out.splitlines()[-1])
 
 
-def work(directory: Path, core: int, steps: int, balance_mode: str) -> dict:
+def work(directory: Path, core: int, steps: int, warm: int, balance_mode: str) -> dict:
     """One rank: the trainer's own plan, engine, balance and loop. Tokens per second after the warm steps."""
     os.sched_setaffinity(0, {core})
     import torch
 
-    from proteingpt.config import DevicesConfig, EncodersConfig, ModelConfig, StageConfig, read_ds_config
+    from proteingpt.config import EncodersConfig, ModelConfig, StageConfig, read_ds_config
     from proteingpt.data.index import build_index
     from proteingpt.data.loader import Share, StageData, TrainingPlan, prefetch
     from proteingpt.data.prompts import TEMPLATES, Prompt
@@ -115,13 +122,13 @@ def work(directory: Path, core: int, steps: int, balance_mode: str) -> dict:
         engine, encoders, read, stage, Recorder(), balance, device, first_step=0, num_steps=steps,
         after_step=lambda step: None,
     )  # fmt: skip
-    counted = reports[WARM_STEPS:]
+    counted = reports[warm:]
     return {
         "tokens_per_second": sum(r.num_tokens for r in counted) / sum(r.seconds for r in counted),
         "waiting_share": sum(r.waiting_seconds for r in counted) / sum(r.seconds for r in counted),
         "speeds": balance.agreed[-1][1],
         "not_computing": waiting[-1] if waiting else None,
-        "pack_tokens": [steps_plan.packs(step)[1] for step in range(WARM_STEPS, steps)],
+        "pack_tokens": [steps_plan.packs(step)[1] for step in range(warm, steps)],
     }
 
 
@@ -131,7 +138,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def together(directory: Path, cores: list[int], steps: int, balance: str) -> dict:
+def together(directory: Path, cores: list[int], steps: tuple[int, int], balance: str) -> dict:
     port = free_port()
     ranks = [start_rank(directory, r, 2, core, port, steps, balance) for r, core in enumerate(cores)]
     return [result(process) for process in ranks][0]
@@ -147,7 +154,7 @@ def limit(pack_tokens: list[list[int]], speeds: list[float]) -> float:
     return total / seconds / sum(speeds)
 
 
-def one_round(directory: Path, fast: int, slow: int, steps: int) -> dict:
+def one_round(directory: Path, fast: int, slow: int, steps: tuple[int, int]) -> dict:
     ranks = [start_rank(directory, 0, 1, core, free_port(), steps, "equal") for core in (fast, slow)]
     alone = [result(process)["tokens_per_second"] for process in ranks]
     measured = together(directory, [fast, slow], steps, "measured")
@@ -166,7 +173,7 @@ def one_round(directory: Path, fast: int, slow: int, steps: int) -> dict:
     }
 
 
-def measure(directory: Path, steps: int, num_rounds: int) -> dict:
+def measure(directory: Path, steps: tuple[int, int], num_rounds: int) -> dict:
     world.write_world(directory, 24, width=96, num_layers=2, longest=150)
     fast, slow = sorted(os.sched_getaffinity(0))[:2]
     burner = multiprocessing.Process(target=burn, args=(slow,), daemon=True)
@@ -185,17 +192,23 @@ def measure(directory: Path, steps: int, num_rounds: int) -> dict:
 
 def simulate(speeds: list[float], num_packs: int, noise: float, steps: int = 200, seed: int = 0) -> float:
     """Share of the summed speed that is reached, when each rank's speed wanders by `noise` (log-normal, each step) and
-    packs are handed out by the speeds agreed before, as the trainer does. Communication costs nothing here."""
+    equal packs are handed out by what the trainer would have agreed upon: medians of the last steps, exchanged and in
+    force as there. Communication costs nothing here."""
     rng = np.random.default_rng((seed, len(speeds), num_packs))
-    agreed, reached = list(speeds), []
+    true = np.array(speeds) * np.exp(noise * rng.normal(size=(steps, len(speeds))))
+    counts, ahead, reached = counts_of(num_packs, speeds), {}, []
     for step in range(steps):
-        true = np.array(speeds) * np.exp(noise * rng.normal(size=len(speeds)))
-        shares = sharing.assign([1] * num_packs, agreed)
-        counts = np.array([sum(len(forward) for forward in share) for share in shares])
-        reached.append(num_packs / sum(speeds) / (counts / true).max())
-        if step % 5 == 0:
-            agreed = [float(a * 0.8 + t * 0.2) for a, t in zip(agreed, true)]
+        if step and step % DevicesConfig().exchange_every_steps == 0:
+            measured = np.median(true[max(0, step - MEMORY) : step], axis=0)
+            ahead[step + LAG] = counts_of(num_packs, measured.tolist())
+        counts = ahead.pop(step, counts)
+        reached.append(num_packs / sum(speeds) / (counts / true[step]).max())
     return float(np.mean(reached))
+
+
+def counts_of(num_packs: int, speeds: list[float]) -> np.ndarray:
+    """int64: how many equal packs each rank is given."""
+    return np.array([sum(map(len, share)) for share in sharing.assign([1] * num_packs, speeds)])
 
 
 def simulations() -> dict:
@@ -204,7 +217,7 @@ def simulations() -> dict:
     return {
         "2xH100+2xA100-40, 64 packs, 3 % noise": simulate(paper, 64, 0.03),
         "2xH100+2xA100-40, equal split": 4 * min(paper) / sum(paper),
-        "64 mixed nodes of 8, 8192 packs, 3 % noise": simulate(nodes, 8192, 0.03, steps=20),
+        "64 mixed nodes of 8, 8192 packs, 3 % noise": simulate(nodes, 8192, 0.03, steps=40),
         "64 mixed nodes of 8, equal split": len(nodes) * min(nodes) / sum(nodes),
     }
 
@@ -213,22 +226,24 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--warm", type=int, default=15, help="steps until the ranks have measured each other [15]")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--core", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--balance", default="measured", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        print(json.dumps(work(args.worker, args.core, args.steps, args.balance)))
+        print(json.dumps(work(args.worker, args.core, args.steps, args.warm, args.balance)))
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what burns time is ended with it
     with tempfile.TemporaryDirectory() as directory:
-        figures = measure(Path(directory), args.steps, args.rounds)
+        figures = measure(Path(directory), (args.steps, args.warm), args.rounds)
     figures["simulated"] = simulations()
     lines = [
         *(
-            "alone at the same time: fast {:,.0f} tokens/s, slow {:,.0f}; together {:.3f} of the sum (whole packs allow "
-            "{:.3f}); equal split {:.3f} (allowed: {:.3f})".format(
-                *done["alone_tokens_per_second"], *(done[n] for n in ("ratio", "limit", "equal_split", "equal_split_limit"))
+            "alone at the same time: fast {:,.0f} tokens/s, slow {:,.0f}; together {:.3f} of the sum (whole packs "
+            "allow {:.3f}); equal split {:.3f} (allowed: {:.3f})".format(
+                *done["alone_tokens_per_second"],
+                *(done[name] for name in ("ratio", "limit", "equal_split", "equal_split_limit")),
             )
             for done in figures["rounds"]
         ),

@@ -84,14 +84,14 @@ def main():
     with tempfile.TemporaryDirectory() as directory:
         figures = measure(Path(directory), args.proteins, args.width, args.layers, device)
     lines = [
-        f"{args.proteins} proteins of PDB lengths, {world.QUESTIONS_PER_PROTEIN} questions each, LLM {args.width} wide, "
-        f"{args.layers} layers, {device}",
+        f"{args.proteins} proteins of PDB lengths, {world.QUESTIONS_PER_PROTEIN} questions each, LLM {args.width} "
+        f"wide, {args.layers} layers, {device}",
         f"  one question per forward  {figures['one_by_one_questions_per_second']:9.1f} questions/s  "
         f"{figures['one_by_one_tokens_per_question']:6.0f} tokens each",
         f"  shared-prefix packs       {figures['packed_questions_per_second']:9.1f} questions/s  "
         f"{figures['packed_tokens_per_question']:6.0f} tokens each",
-        f"  {figures['ratio']:.1f} x as fast; {figures['token_ratio']:.1f} x fewer tokens, which is the limit where time "
-        "is in the matrix products",
+        f"  {figures['ratio']:.1f} x as fast; {figures['token_ratio']:.1f} x fewer tokens, which is the limit where "
+        "time is in the matrix products",
     ]
     world.print_figures(lines, figures)
 

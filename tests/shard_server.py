@@ -11,7 +11,8 @@ from pathlib import Path
 
 class Orders:
     """asked: how often each name was. failing: {name: how many of its next requests get status 503}. cut: names whose
-    next body ends in the middle. stalled: names whose body never comes beyond its first half until `released` is set."""
+    next body ends in the middle. stalled: names whose body never comes beyond its first half until `released` is
+    set."""
 
     def __init__(self):
         self.asked = Counter()

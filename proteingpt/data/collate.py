@@ -67,7 +67,8 @@ class Pack:
 
 
 def branch_length(question_length, answer_length):
-    """Tokens that a question takes behind its prefix, ints or arrays: the last answer token is predicted, never read."""
+    """Tokens that a question takes behind its prefix, ints or arrays: the last answer token is predicted, never
+    read."""
     return question_length + answer_length - 1
 
 

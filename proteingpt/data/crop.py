@@ -13,8 +13,8 @@ from proteingpt.protein import Protein
 
 
 def window_start(num_residues: int, length: int, sample_id: int, draw: tuple[int, int] | None) -> int:
-    """Where a window of `length` residues begins: 0 .. num_residues - length, by hash of (seed, epoch, id). draw: (seed,
-    epoch), or None for the middle."""
+    """Where a window of `length` residues begins: 0 .. num_residues - length, by hash of (seed, epoch, id). draw:
+    (seed, epoch), or None for the middle."""
     spare = num_residues - length
     if draw is None:
         return spare // 2

@@ -1,14 +1,11 @@
 """Token ids of a split's text, computed once and kept beside the shards, from where they are mapped into memory.
 
-The plan needs every length beforehand, and tokenising is far slower than reading. The folder's name carries the hash of
-shards, stage, template and tokenizer, so a change of any of them makes a new one. Tokenisers of the `tokenizers` library
-run on all cores, and two threads read and collect around them; others run on one.
+The plan needs every length beforehand, and tokenising is far slower than reading. The folder's name has the hash of
+shards, stage, template and tokenizer, so a change of any of them makes a new one. Tokenisers of the `tokenizers`
+library run on all cores, and two threads read and collect around them; others run on one.
 """
 
 import hashlib
-import os
-import shutil
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
+from proteingpt.data.columns import Joined, Writer, made_once, pieces
 from proteingpt.data.prompts import Prompt, turns_of_stage
 from proteingpt.data.shards import ShardSet
 from proteingpt.protein import PrefixLength, prefix_length
 
 BATCH = 1000  # samples tokenised in one call: enough for the tokenizer's threads, small enough for its memory
 THREADS = 2  # that read, hand over to the tokenizer and collect; it works beside them, on threads of its own
-# Files of an index: little-endian, nothing but the numbers.
 COLUMNS = {
     "question_ids": "<i4",
     "question_starts": "<i8",
@@ -54,7 +51,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class TokenIndex:
-    """Questions and answers of the S samples of a split. first_turn: int64 (S + 1,), where each sample's turns begin."""
+    """Questions and answers of the S samples of a split. first_turn: int64 (S + 1,), where the turns of each begin."""
 
     questions: Tokens
     answers: Tokens
@@ -86,8 +83,8 @@ def make_batch(shards: ShardSet, stage: str, prompt: Prompt, samples: range) -> 
 
 
 def tokenise_once(texts: list[str], tokenise) -> tuple[np.ndarray, np.ndarray]:
-    """(ids of the texts end to end, int32; length of each); a text that occurs often, as questions and short answers do,
-    is tokenised once."""
+    """(ids of the texts end to end, int32; length of each); a text that occurs often, as questions and short answers
+    do, is tokenised once."""
     unique = list(dict.fromkeys(texts))
     ids = dict(zip(unique, (np.array(row, np.int32) for row in tokenise(unique)))) if unique else {}
     rows = [ids[text] for text in texts]
@@ -96,7 +93,7 @@ def tokenise_once(texts: list[str], tokenise) -> tuple[np.ndarray, np.ndarray]:
 
 def make_batches(shards: ShardSet, stage: str, prompt: Prompt) -> Iterator[Batch]:
     """All samples, in order."""
-    parts = [range(first, min(first + BATCH, len(shards))) for first in range(0, len(shards), BATCH)]
+    parts = (range(first, min(first + BATCH, len(shards))) for first in range(0, len(shards), BATCH))
     return in_order(lambda samples: make_batch(shards, stage, prompt, samples), parts, THREADS if prompt.is_bare else 1)
 
 
@@ -112,53 +109,15 @@ def in_order(make: Callable, items: Iterable, num_threads: int) -> Iterator:
             yield waiting.popleft().result()
 
 
-def write_index(batches: Iterable[Batch], directory: Path):
+def write_index(batches: Iterable[Batch], writer: Writer):
     """Batch by batch, so that an index of any size is built in the memory of a few."""
-    totals = dict.fromkeys(("question_starts", "answer_starts", "first_turn"), 0)
-    files = {name: open(directory / name, "wb") for name in COLUMNS}
-    try:
-
-        def append(name: str, lengths: np.ndarray):
-            ends = totals[name] + np.cumsum(lengths, dtype=np.int64)
-            files[name].write(ends.astype(COLUMNS[name]).tobytes())
-            totals[name] = int(ends[-1]) if len(ends) else totals[name]
-
-        for name in totals:
-            append(name, np.zeros(1, np.int64))
-        for batch in batches:
-            for kind, (ids, lengths) in (("question", batch.questions), ("answer", batch.answers)):
-                files[f"{kind}_ids"].write(ids.astype(COLUMNS[f"{kind}_ids"]).tobytes())
-                append(f"{kind}_starts", lengths)
-            append("first_turn", np.array(batch.num_turns, np.int64))
-        for file in files.values():
-            file.flush()
-            os.fsync(file.fileno())
-    finally:
-        for file in files.values():
-            file.close()
-
-
-def load_index(directory: Path) -> TokenIndex:
-    """Mapped into memory: what is not looked at is not read, and what is can be dropped again."""
-    columns = {name: map_file(directory / name, dtype) for name, dtype in COLUMNS.items()}
-    return TokenIndex(
-        Tokens(columns["question_ids"], columns["question_starts"]),
-        Tokens(columns["answer_ids"], columns["answer_starts"]),
-        columns["first_turn"],
-    )
-
-
-def map_file(path: Path, dtype: str) -> np.ndarray:
-    if path.stat().st_size == 0:
-        return np.zeros(0, dtype)  # which cannot be mapped
-    return np.asarray(np.memmap(path, dtype, mode="r"))
-
-
-def build_index(shards: ShardSet, stage: str, prompt: Prompt) -> TokenIndex:
-    """Without a place to keep it: in files that have no name any more, and go with the last that reads them."""
-    with tempfile.TemporaryDirectory(prefix="tokens-") as directory:
-        write_index(make_batches(shards, stage, prompt), Path(directory))
-        return load_index(Path(directory))
+    for name in ("question_starts", "answer_starts", "first_turn"):
+        writer.append_lengths(name, np.zeros(0, np.int64))  # a split without samples has these as well
+    for batch in batches:
+        for kind, (ids, lengths) in (("question", batch.questions), ("answer", batch.answers)):
+            writer.append(f"{kind}_ids", ids)
+            writer.append_lengths(f"{kind}_starts", lengths)
+        writer.append_lengths("first_turn", np.array(batch.num_turns, np.int64))
 
 
 def index_name(shards: ShardSet, stage: str, prompt: Prompt) -> str:
@@ -171,59 +130,21 @@ def index_name(shards: ShardSet, stage: str, prompt: Prompt) -> str:
     return f"tokens-{stage}-{hashlib.sha256(repr((identity, described)).encode()).hexdigest()[:16]}"
 
 
-def open_index(shards: ShardSet, stage: str, prompt: Prompt, directory: Path) -> TokenIndex:
-    """The index, from `directory` if it is there, else built and left there where the directory can be written."""
-    path = Path(directory) / index_name(shards, stage, prompt)
-    if path.is_dir():
-        return load_index(path)
-    if not os.access(directory, os.W_OK):
-        return build_index(shards, stage, prompt)
-    aside = path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}.partial")
-    aside.mkdir(exist_ok=True)
-    try:
-        write_index(make_batches(shards, stage, prompt), aside)
-        os.rename(aside, path)
-    except OSError:
-        if not path.is_dir():  # else another run was first, with the same bytes
-            raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return load_index(path)
+def open_index(shards: ShardSet, stage: str, prompt: Prompt, directory: Path | None) -> TokenIndex:
+    """The index, from `directory` if it is there, else built and left there where it can be written to. None: left
+    nowhere."""
+    path = None if directory is None else Path(directory) / index_name(shards, stage, prompt)
+    columns = made_once(path, COLUMNS, lambda writer: write_index(make_batches(shards, stage, prompt), writer))
+    questions, answers = (Tokens(columns[f"{kind}_ids"], columns[f"{kind}_starts"]) for kind in ("question", "answer"))
+    return TokenIndex(questions, answers, columns["first_turn"])
+
+
+def build_index(shards: ShardSet, stage: str, prompt: Prompt) -> TokenIndex:
+    """Without a place to keep it."""
+    return open_index(shards, stage, prompt, None)
 
 
 # ------------------------------------------------------------------------------------------------ several as one
-
-
-class Joined:
-    """One-dimensional arrays end to end, where they lie, each with `shifts[part]` added to its values. Read by number, by
-    a slice, or by an int array of numbers."""
-
-    def __init__(self, parts: list[np.ndarray], shifts: list[int] | None = None):
-        self.parts, self.shifts = parts, shifts or [0] * len(parts)
-        self.starts = np.concatenate(([0], np.cumsum([len(part) for part in parts])))
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def __getitem__(self, where):
-        if isinstance(where, slice):
-            return self._slice(*where.indices(len(self))[:2])
-        part = np.searchsorted(self.starts, where, side="right") - 1
-        if np.ndim(where) == 0:
-            return self.parts[part][where - self.starts[part]] + self.shifts[part]
-        found = np.empty(len(where), self.parts[0].dtype)
-        for p in np.unique(part):
-            chosen = part == p
-            found[chosen] = self.parts[p][where[chosen] - self.starts[p]] + self.shifts[p]
-        return found
-
-    def _slice(self, first: int, last: int) -> np.ndarray:
-        pieces = [
-            part[max(0, first - start) : last - start] + part.dtype.type(shift)
-            for part, start, shift in zip(self.parts, self.starts.tolist(), self.shifts)
-            if start < last and first < start + len(part)
-        ]
-        return pieces[0] if len(pieces) == 1 else np.concatenate([np.zeros(0, self.parts[0].dtype), *pieces])
 
 
 def join_indexes(indexes: list[TokenIndex]) -> TokenIndex:
@@ -249,7 +170,7 @@ def join_starts(parts: list[np.ndarray]) -> Joined:
 
 def usable(
     index: TokenIndex,
-    num_residues: np.ndarray,
+    num_residues: "np.ndarray | Joined",
     prefix_tokens: int,
     context_length: int,
     max_residues: int | None,
@@ -261,22 +182,24 @@ def usable(
     A sample is as long as its longest question and answer behind its prefix; `prefix_tokens` counts BOS and the text in
     front of the protein. crop: proteins over max_residues are cut down to it.
     """
-    lengths = num_residues.astype(np.int64)
-    if crop and max_residues is not None:
-        lengths = np.minimum(lengths, max_residues)
-    rows = prefix_length(lengths)
-    fits = prefix_tokens + rows + longest_turns(index) <= context_length
-    return fits if max_residues is None else fits & (lengths <= max_residues)
+    keep = np.zeros(len(index.first_turn) - 1, bool)
+    for part in pieces(len(keep)):
+        lengths = num_residues[part].astype(np.int64)
+        if crop and max_residues is not None:
+            lengths = np.minimum(lengths, max_residues)
+        fits = prefix_tokens + prefix_length(lengths) + longest_turns(index, part) <= context_length
+        keep[part] = fits if max_residues is None else fits & (lengths <= max_residues)
+    return keep
 
 
-def longest_turns(index: TokenIndex) -> np.ndarray:
-    """int64 (S,): tokens of each sample's longest question and answer, 0 of one without. In the memory of a few batches."""
-    num_samples = len(index.first_turn) - 1
-    longest = np.zeros(num_samples, np.int64)
-    for first in range(0, num_samples, BATCH * 100):
-        bounds = index.first_turn[first : min(first + BATCH * 100, num_samples) + 1]
-        turns = np.arange(bounds[0], bounds[-1])
-        tokens = np.append(index.questions.lengths_at(turns) + index.answers.lengths_at(turns), 0)
-        most = np.maximum.reduceat(tokens, bounds[:-1] - bounds[0]) * (np.diff(bounds) > 0)
-        longest[first : first + len(most)] = most
-    return longest
+def longest_turns(index: TokenIndex, samples: slice) -> np.ndarray:
+    """int64: tokens of the longest question and answer of each of the samples, 0 of one without."""
+    bounds = index.first_turn[samples.start : samples.stop + 1]
+    turns = np.arange(bounds[0], bounds[-1])
+    tokens = np.append(index.questions.lengths_at(turns) + index.answers.lengths_at(turns), 0)
+    return np.maximum.reduceat(tokens, bounds[:-1] - bounds[0]) * (np.diff(bounds) > 0)
+
+
+def num_longer(num_residues: "np.ndarray | Joined", keep: np.ndarray, longest: int) -> int:
+    """How many of the samples that are kept are longer than `longest` residues."""
+    return sum(int((num_residues[part][keep[part]] > longest).sum()) for part in pieces(len(keep)))

@@ -34,13 +34,15 @@ Groups = list[tuple[int, tuple[int, ...]]]  # [(sample, its turns), ...]
 class Work:
     """What one rank does in one step: a forward for each of `packs`, of which the silenced ones have no say.
 
-    several: whether any rank has more than one. answer_tokens, num_samples: of the whole step, over all ranks.
+    several: whether any rank has more than one. answer_tokens, num_samples, num_packs: of the whole step, over all
+    ranks.
     """
 
     packs: list[Pack]
     several: bool
     answer_tokens: int
     num_samples: int
+    num_packs: int
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ class StageData:
     """The samples of a split as a stage reads them. `samples`: int (S',), those of the shards that are used, ascending.
 
     prefix_length: places that a protein takes in a prompt. max_residues: proteins that are longer are cropped to it;
-    `draw`: (seed, epoch) that says where, None for their middle. rows_of: reads a protein's encoder rows from a cache; what
-    it cannot read it raises as a ShardError.
+    `draw`: (seed, epoch) that says where, None for their middle. rows_of: reads a protein's encoder rows from a cache;
+    what it cannot read it raises as a ShardError.
     """
 
     def __init__(
@@ -83,13 +85,13 @@ class StageData:
         self.draw: tuple[int, int] | None = None
         self.num_shards = len(shards.shards)
         # Of each shard, where its samples begin among `samples`.
-        self.shard_starts = np.searchsorted(shards.shard_numbers[self.samples], np.arange(self.num_shards + 1))
+        self.shard_starts = np.searchsorted(self.samples, shards.shard_starts)
         self.set_aside = SetAside()
 
     @cached_property
     def ids(self) -> np.ndarray:
         """uint64 (S',)."""
-        return plan.hash_keys([self.shards.keys[s] for s in self.samples])
+        return plan.hash_keys(self.shards.keys[s] for s in self.samples)
 
     @cached_property
     def num_turns(self) -> np.ndarray:
@@ -112,7 +114,7 @@ class StageData:
             lengths = np.minimum(lengths, self.max_residues)
         weights = getattr(self.shards, "weights", None)
         return plan.Samples(
-            ids=plan.hash_keys([self.shards.keys[s] for s in samples]),
+            ids=plan.hash_keys(self.shards.keys[s] for s in samples),
             prefix_tokens=len(self.prefix_ids) + self.prefix_length(lengths),
             first_turn=first_turn,
             turn_tokens=branch_length(self.index.questions.lengths_at(turn), self.index.answers.lengths_at(turn)),
@@ -157,11 +159,12 @@ class StageData:
             several=max(len(f) for f in forwards) > 1,
             answer_tokens=self.answer_tokens(everything),
             num_samples=sum(len(turns) for _, turns in everything),
+            num_packs=len(packs),
         )
 
     def collate(self, groups: Groups) -> Pack | None:
-        """A pack of the groups that can be read, None where there is none: a bad sample has weight 0, and everything else
-        stays in its place."""
+        """A pack of the groups that can be read, None where there is none: a bad sample has weight 0, and everything
+        else stays in its place."""
         read = [self.group_or_none(*group) for group in groups]
         return collate([group for group in read if group]) if any(read) else None
 
@@ -225,8 +228,8 @@ class TrainingPlan:
     def survey(self) -> tuple[plan.Totals, str]:
         """(what the plan keeps of all shards, the plan's fingerprint), reading the lengths of one shard at a time.
 
-        The fingerprint is equal on all ranks and at every resume, or the run is not the same run. Answers' lengths enter
-        because they are the denominators of the loss.
+        The fingerprint is equal on all ranks and at every resume, or the run is not the same run. Answers' lengths
+        enter because they are the denominators of the loss.
         """
         rows, prints = [], []
         for shard in range(self.data.num_shards):
@@ -237,7 +240,7 @@ class TrainingPlan:
             answers = self.data.index.answers.lengths_at(turns)
             prints.append(plan.fingerprint(*vars(sizes).values(), answers))
         totals = plan.Totals(*np.array(rows, np.int64).reshape(-1, 2).T, self.packing_rate())
-        return totals, plan.fingerprint(prints, self.data.prefix_ids, self.cut)
+        return totals, plan.fingerprint(plan.VERSION, prints, self.data.prefix_ids, self.cut)
 
     def packing_rate(self) -> float:
         """Of as many shards as tell it, whichever come first by hash."""

@@ -1,8 +1,8 @@
 """Several shard sets as one, by their places: what a stage reads where data.mixture is set.
 
-The sets lie end to end, each under a name of its own: a sample is SET/KEY, as the id of its protein says as well, so that
-the same key in two sets is two samples, in the plan, in errors and in whatever remembers a protein by its key. How often a
-set is seen is the plan's business; its weight is only carried here.
+The sets lie end to end, each under a name of its own: a sample is SET/KEY, as the id of its protein says as well, so
+that the same key in two sets is two samples, in the plan, in errors and in whatever remembers a protein by its key. How
+often a set is seen is the plan's business; its weight is only carried here.
 """
 
 import hashlib
@@ -15,13 +15,14 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from proteingpt.config import DataConfig
+from proteingpt.data.columns import Joined
 from proteingpt.data.shard_cache import Activity
 from proteingpt.data.shards import ShardCache, ShardSet
 from proteingpt.protein import Protein, Sample, Turn
 
 
 class Mixture:
-    """Reads like a ShardSet, whose attributes it has. sets: the parts; weights: float64 (H,), of each of the H shards."""
+    """Reads like a ShardSet, whose attributes it has. sets: the parts; weights: float64 (H,), of each of H shards."""
 
     def __init__(self, sets: Mapping[str, ShardSet], weights: Mapping[str, float]):
         """Both by location."""
@@ -36,11 +37,10 @@ class Mixture:
         self.first_sample = [0, *itertools.accumulate(len(part) for part in self.sets)]
         self.first_shard = [0, *itertools.accumulate(len(part.shards) for part in self.sets)]
         self.shards = [shard for part in self.sets for shard in part.shards]
-        self.keys = [f"{name}/{key}" for name, part in zip(self.names, self.sets) for key in part.keys]
-        self.num_residues = np.concatenate([part.num_residues for part in self.sets])
-        self.num_turns = np.concatenate([part.num_turns for part in self.sets])
-        shifted = (part.shard_numbers + shard for part, shard in zip(self.sets, self.first_shard))
-        self.shard_numbers = np.concatenate(list(shifted))
+        self.keys = Keys(self)
+        self.num_residues = Joined([part.num_residues for part in self.sets])
+        ends = [part.shard_starts[1:] + first for part, first in zip(self.sets, self.first_sample)]
+        self.shard_starts = np.concatenate(([0], *ends))
         self.weights = np.repeat([weights[place] for place in sets], np.diff(self.first_shard))
         self.activity = Activity()
         for part in self.sets:
@@ -86,6 +86,20 @@ class Mixture:
             part.close()
 
 
+class Keys(Sequence):
+    """Of the samples of a mixture: SET/KEY."""
+
+    def __init__(self, mixture: Mixture):
+        self.mixture = mixture
+
+    def __len__(self) -> int:
+        return len(self.mixture)
+
+    def __getitem__(self, i: int) -> str:
+        part, sample = self.mixture.find(i)
+        return f"{self.mixture.names[part]}/{self.mixture.sets[part].keys[sample]}"
+
+
 def name_sets(places: Sequence[str]) -> list[str]:
     """The last part of each path or address, which does not change when the sets are moved together; the whole of it
     where two end alike."""
@@ -94,8 +108,8 @@ def name_sets(places: Sequence[str]) -> list[str]:
 
 
 def open_split(data: DataConfig, split: str, cache: ShardCache | None = None) -> "ShardSet | Mixture":
-    """What data.shards or data.mixture name. Held-out proteins come from the test splits of all sets, each protein alike,
-    whatever the weights; a set's test split may be empty."""
+    """What data.shards or data.mixture name. Held-out proteins come from the test splits of all sets, each protein
+    alike, whatever the weights; a set's test split may be empty."""
     if data.mixture is None:
         return ShardSet(data.shards, split, cache)
     return Mixture({place: ShardSet(place, split, cache) for place in data.mixture}, data.mixture)

@@ -1,17 +1,19 @@
 """Groups of questions into packs of a bounded number of tokens, pure.
 
-Best fit leaves holes where groups are large: with thirty questions a group, packs of 4,096 tokens come out 93 % full. So
-some groups, those of the shortest proteins, are held back and split over the holes, each piece with a prefix of its own.
-What that costs is known (at PDB lengths 2 % more tokens for 5 % fewer packs), and it is done only where best fit alone
-stays under FULL.
+Best fit leaves holes where groups are large: with thirty questions a group, packs of 4,096 tokens come out 93 % full.
+So some groups, those of the shortest proteins, are held back and split over the holes, each piece with a prefix of its
+own. What that costs is known (at PDB lengths 2 % more tokens for 5 % fewer packs), so it is done only where best fit
+alone stays under FULL, and with as little held back as fills the packs.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 FULL = 0.99
-# Parts of the tokens held back for the holes, in units of the share of them that best fit leaves; all are tried.
-HELD_BACK = (0.7, 0.85, 1.0)
+# Parts of the tokens held back for the holes, in units of the share of them that best fit leaves, as they are tried.
+HELD_BACK = (0.75, 0.85)
 
 
 def best_fit(sizes: Sequence[int], capacity: int) -> list[int]:
@@ -20,22 +22,25 @@ def best_fit(sizes: Sequence[int], capacity: int) -> list[int]:
     Open bins are found by the bits of one integer, bit r standing for bins with room r, so that an item costs a shift.
     """
     bins, count = [0] * len(sizes), 0
-    with_room: dict[int, list[int]] = {}
+    with_room: defaultdict[int, list[int]] = defaultdict(list)
     rooms = 0
-    for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+    for item in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
         size = sizes[item]
         fitting = rooms >> size
         if fitting:
             room = size + (fitting & -fitting).bit_length() - 1
-            chosen = with_room[room].pop()
-            if not with_room[room]:
+            alike = with_room[room]
+            chosen = alike.pop()
+            if not alike:
                 rooms ^= 1 << room
         else:
             room, chosen, count = capacity, count, count + 1
         bins[item] = chosen
         if room > size:
-            with_room.setdefault(room - size, []).append(chosen)
-            rooms |= 1 << (room - size)
+            left = with_room[room - size]
+            if not left:
+                rooms |= 1 << (room - size)
+            left.append(chosen)
     return bins
 
 
@@ -50,18 +55,24 @@ class Packs:
 
 
 def fill(sizes: list[int], prefixes: list[int], questions: Callable[[int], list[int]], capacity: int) -> Packs:
-    """Groups into packs of at most `capacity` tokens, whole or split: the fewest packs of those tried, and of these the
-    fewest tokens.
+    """Groups into packs of at most `capacity` tokens: whole where that fills them, or with as few split as fill them;
+    if nothing does, the fewest packs of those tried.
 
-    sizes: tokens of each group; prefixes: of its prefix alone; questions(g): of each of its questions, any of which fits
-    a pack with the prefix.
+    sizes: tokens of each group; prefixes: of its prefix alone; questions(g): of each of its questions, any of which
+    fits a pack with the prefix.
     """
-    plain = pack_whole(sizes, capacity)
-    holes = 1 - sum(sizes) / (plain.number * capacity)
-    if holes <= 1 - FULL:
-        return plain
-    tried = [plain, *(fill_holes(sizes, prefixes, questions, capacity, part * holes) for part in HELD_BACK)]
-    return min(tried, key=lambda packs: (packs.number, sum(prefixes[group] for group, _, _ in packs.pieces)))
+    tried, tokens = [pack_whole(sizes, capacity)], sum(sizes)
+    holes = 1 - tokens / (tried[0].number * capacity)
+    by_prefix = sorted(range(len(sizes)), key=prefixes.__getitem__)
+    for part in HELD_BACK:
+        if tokens >= FULL * tried[-1].number * capacity:
+            break
+        held_back = first_of(by_prefix, sizes, part * holes * sum(sizes))
+        tried.append(fill_holes(sizes, prefixes, questions, capacity, held_back))
+        # A group that is split has a prefix in each of its pieces.
+        more = sum(prefixes[group] for group, _, _ in tried[-1].pieces) - sum(prefixes[group] for group in held_back)
+        tokens = sum(sizes) + more
+    return min(tried, key=lambda packs: packs.number)
 
 
 def pack_whole(sizes: list[int], capacity: int) -> Packs:
@@ -69,11 +80,10 @@ def pack_whole(sizes: list[int], capacity: int) -> Packs:
     return Packs(max(bins, default=-1) + 1, bins, [])
 
 
-def fill_holes(sizes, prefixes, questions, capacity: int, share: float) -> Packs:
-    """Best fit of all groups but those with the shortest prefixes, `share` of the tokens, which are cut to fill what is
-    left open, the largest holes first; whatever remains of them is packed by best fit."""
-    reserve = shortest(prefixes, sizes, share * sum(sizes))
-    held = set(reserve)
+def fill_holes(sizes, prefixes, questions, capacity: int, held_back: list[int]) -> Packs:
+    """Best fit of all groups but those held back, which are cut to fill what is left open, the largest holes first;
+    whatever remains of them is packed by best fit."""
+    reserve, held = held_back[::-1], set(held_back)
     kept = [group for group in range(len(sizes)) if group not in held]
     packed = pack_whole([sizes[group] for group in kept], capacity)
     whole, rooms = [-1] * len(sizes), [capacity] * packed.number
@@ -81,7 +91,7 @@ def fill_holes(sizes, prefixes, questions, capacity: int, share: float) -> Packs
         whole[group] = number
         rooms[number] -= sizes[group]
     pieces, group, costs, rest = [], None, [], []
-    for number in sorted(range(len(rooms)), key=lambda n: -rooms[n]):
+    for number in sorted(range(len(rooms)), key=rooms.__getitem__, reverse=True):
         room = rooms[number]
         while rest or reserve:
             if not rest:
@@ -101,22 +111,23 @@ def fill_holes(sizes, prefixes, questions, capacity: int, share: float) -> Packs
     return Packs(packed.number + more.number, whole, pieces)
 
 
-def shortest(prefixes: list[int], sizes: list[int], tokens: float) -> list[int]:
-    """Groups with the shortest prefixes, of so many tokens in all; the shortest comes last."""
-    chosen, held = [], 0
-    for group in sorted(range(len(sizes)), key=lambda g: (prefixes[g], g)):
-        if held >= tokens:
-            break
-        chosen.append(group)
-        held += sizes[group]
-    return chosen[::-1]
+def first_of(groups: list[int], sizes: list[int], tokens: float) -> list[int]:
+    """The first of these groups that have so many tokens together."""
+    before = accumulate((sizes[group] for group in groups), initial=0)
+    return [group for group, held in zip(groups, before) if held < tokens]
 
 
 def choose(costs: list[int], places: list[int], room: int) -> set[int]:
-    """Places of questions that fit `room` together, the longest first."""
-    taken = set()
-    for place in sorted(places, key=lambda p: (-costs[p], p)):
-        if costs[place] <= room:
+    """Places of the questions that together fill `room` best. Bit n of an integer stands for a sum n."""
+    if room <= 0:
+        return set()
+    sums, without = 1, []
+    for place in places:
+        without.append(sums)
+        sums |= sums << costs[place]
+    left, taken = (sums & ((2 << room) - 1)).bit_length() - 1, set()
+    for place, others in zip(reversed(places), reversed(without)):
+        if not others >> left & 1:
             taken.add(place)
-            room -= costs[place]
+            left -= costs[place]
     return taken

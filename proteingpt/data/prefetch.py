@@ -97,8 +97,8 @@ def wait_for(ready: queue.Queue, thread: threading.Thread, step: int, activity: 
             return None, RuntimeError(f"the reading thread has died before step {step}")
         if doing and now - changed > timeout_seconds:
             return None, ReadTimeout(
-                f"step {step} waits for data: nothing came for {now - changed:.0f} s from {doing}. Is the storage up? If "
-                f"it is that slow, raise data.read_timeout_seconds ({timeout_seconds:g})"
+                f"step {step} waits for data: nothing came for {now - changed:.0f} s from {doing}. Is the storage up? "
+                f"If it is that slow, raise data.read_timeout_seconds ({timeout_seconds:g})"
             )
         if now - began > show_after:
             show_after *= 2

@@ -1,7 +1,8 @@
 """Prompts: how a protein, a question and an answer become token ids.
 
-A turn is read as  [BOS] before <rows of the protein> after(question) answer end,  each text tokenised on its own, as the
-released code does; so what stands before the protein is the same for all of its questions. Loss is on answer and end.
+A turn is read as  [BOS] before <rows of the protein> after(question) answer end,  each text tokenised on its own, as
+the released code does; so what stands before the protein is the same for all of its questions. Loss is on answer and
+end.
 """
 
 from collections.abc import Callable
@@ -72,8 +73,9 @@ class Prompt:
 
     @cached_property
     def encode(self) -> Callable[[list[str]], list[list[int]]]:
-        """Ids of each text, without special tokens. A bare tokenizer is used without its wrapper, as a copy of its own: in
-        two thirds of the time, and from several threads, for which the wrapper, that sets it anew each time, is not."""
+        """Ids of each text, without special tokens. A bare tokenizer is used without its wrapper, as a copy of its own:
+        in two thirds of the time, and from several threads, for which the wrapper, that sets it anew each time, is
+        not."""
         tokenizer = self.tokenizer
         if not self.is_bare:
             return lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"]

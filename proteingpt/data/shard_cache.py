@@ -45,7 +45,8 @@ class ShardCache:
             for name in ("locks", "verified"):
                 (self.directory / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ShardError(f"data.cache_dir {self.directory}: {error.strerror}: give a directory to write to") from error
+            reason = f"{error.strerror}: give a directory to write to"
+            raise ShardError(f"data.cache_dir {self.directory}: {reason}") from error
 
     def get(
         self, shard: dict, name: str, fetch: Callable[[Path], None], keep: list[str], activity: Activity, needed: bool,
@@ -105,7 +106,7 @@ class ShardCache:
             if found.hexdigest() == sha256:
                 record.write_text(json.dumps(version))
             else:
-                log.warning("shard %s: its sha256 is not the manifest's: copy it again; what is broken is set aside", path)
+                log.warning("shard %s: its sha256 is not the manifest's: copy it again; the broken is set aside", path)
 
     def _touch(self, path: Path) -> bool:
         """Whether it is there; then it has been needed just now."""
@@ -120,8 +121,8 @@ class ShardCache:
         will be needed soon, the latest first. The partial file is made in its full size, so that others count it."""
         if num_bytes > self.max_bytes:
             raise ShardError(
-                f"shard {name} has {num_bytes} bytes, data.cache_gib holds {self.max_bytes}: raise it, or build smaller "
-                "shards"
+                f"shard {name} has {num_bytes} bytes, data.cache_gib holds {self.max_bytes}: raise it, or build "
+                "smaller shards"
             )
         with self._lock("room") as lock:
             while not lock():

@@ -8,13 +8,13 @@ in its middle; a shard is fetched whole or not.
 import errno
 import hashlib
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from proteingpt import web
+from proteingpt.config.addresses import without_secrets
 from proteingpt.data.shard_cache import CHUNK_BYTES, Activity, ShardCache, megabytes
 from proteingpt.data.shard_format import ShardError
 
@@ -171,7 +171,7 @@ def join(address: str, name: str) -> str:
 
 def shown(address: str) -> str:
     """Without what may be a secret: user, password, signature."""
-    return re.sub(r"://[^/@]*@", "://", address.partition("?")[0]).rstrip("/")
+    return without_secrets(address).rstrip("/")
 
 
 def chunks(url: str, max_bytes: int) -> Iterator[bytes]:

@@ -2,20 +2,26 @@
 
 A tar reader that walks the headers would drop or alter samples silently where a header or a byte is damaged. One
 prefetch thread reads far faster than a GPU trains (benchmarks/loader.py), and processes would pay for passing tensors.
+Keys and places of samples are mapped columns, so that a set of any size takes the memory of what is in use.
 """
 
+import hashlib
 import os
 import threading
 import zlib
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from proteingpt.data.columns import Texts, Writer, made_once
 from proteingpt.data.manifest import (
     MAX_INDEX_BYTES,
     MAX_MANIFEST_BYTES,
+    MAX_SAMPLE_BYTES,
+    Index,
     parse_index,
     parse_manifest,
     shards_fingerprint,
@@ -40,6 +46,9 @@ from proteingpt.protein import Protein, Sample, Turn
 
 # Files open at a time; of more shards the one used longest ago is closed.
 MAX_OPEN_SHARDS = 128
+# Samples from which on the columns are kept beside the shards. Fewer are read from the indexes each time: 20 us each.
+KEPT_FROM = 2**17
+COLUMNS = {"keys": "u1", "key_starts": "<i8", "num_residues": "<i4", "num_turns": "<i4", "spans": "<i8"}
 
 
 class BadSample(ShardError):
@@ -57,13 +66,13 @@ class NoSplit(ShardError):
 class ShardSet:
     """The samples of one split, by number, in the order of the shards. Safe to read from several threads.
 
-    keys: list of S sample keys. num_residues, num_turns: int32 (S,). shard_numbers: int64 (S,). manifest: the whole
-    manifest. fingerprint: sha256 over the checksums of the split's shards; two sets with the same one hold the same
-    samples. directory: where files may lie beside the shards; of a remote set, its cache. activity: what is being read.
-    location: a directory, or an address that fsspec knows; of a remote one shards come through `cache`. With a cache,
-    local shards are compared with their sha256 when they are first opened, once for all runs.
-    Opening reads the manifest and the indexes and compares the sizes of local shards; `verify` compares every byte.
-    Raises ShardError that names what is missing or broken.
+    keys: S sample keys. num_residues, num_turns: int32 (S,). shard_starts: int64 (H + 1,), the first sample of each of
+    the H shards. manifest: the whole manifest. fingerprint: sha256 over the checksums of the split's shards; two sets
+    with the same one hold the same samples. directory: where files may lie beside the shards; of a remote set, its
+    cache. activity: what is being read. location: a directory, or an address that fsspec knows; of a remote one shards
+    come through `cache`. With a cache, local shards are compared with their sha256 when they are first opened, once for
+    all runs. Opening reads the manifest and the indexes, of large sets once and then never again, and compares the
+    sizes of local shards; `verify` compares every byte. Raises ShardError that names what is missing or broken.
     """
 
     def __init__(self, location: str | Path, split: str, cache: ShardCache | None = None):
@@ -78,13 +87,18 @@ class ShardSet:
         self.fingerprint = shards_fingerprint(self.shards)
         for shard in self.shards:
             self.place.check(shard)
-        indexes = [self._read_index(shard) for shard in self.shards]
-        self.keys = [key for index in indexes for key in index.keys]
-        self.num_residues = np.concatenate([np.zeros(0, np.int32), *(index.num_residues for index in indexes)])
-        self.num_turns = np.concatenate([np.zeros(0, np.int32), *(index.num_turns for index in indexes)])
+        sizes = [shard["num_samples"] for shard in self.shards]
+        self.shard_starts = np.concatenate(([0], np.cumsum(sizes, dtype=np.int64)))
+        self._starts = self.shard_starts.tolist()  # in which bisect looks faster
+        kept = Path(self.directory) / index_name(split, self.shards) if sum(sizes) >= KEPT_FROM else None
+        columns = made_once(kept, COLUMNS, self._write_columns)
+        self.keys = Texts(columns["keys"], columns["key_starts"])
+        self.num_residues, self.num_turns = columns["num_residues"], columns["num_turns"]
+        lengths = {len(self.keys), len(self.num_residues), len(self.num_turns), len(columns["spans"]) / len(FIELDS) / 3}
+        if lengths != {sum(sizes)}:
+            raise ShardError(f"{kept}: not the columns of {sum(sizes)} samples: remove this folder, it is made anew")
         # int64 (S, fields, 3): offset, size, crc32; offset -1 where a sample lacks the field.
-        self._spans = np.concatenate([np.zeros((0, len(FIELDS), 3), np.int64), *(index.spans for index in indexes)])
-        self.shard_numbers = np.repeat(np.arange(len(indexes)), [len(index.keys) for index in indexes])
+        self._spans = columns["spans"].reshape(-1, len(FIELDS), 3)
         self.activity = Activity()
         self._files: OrderedDict[int, _File] = OrderedDict()
         self._lock = threading.Lock()
@@ -96,6 +110,14 @@ class ShardSet:
     @property
     def is_remote(self) -> bool:
         return isinstance(self.place, There)
+
+    @property
+    def shard_numbers(self) -> np.ndarray:
+        """int64 (S,): the shard of each sample, made anew at each call."""
+        return np.repeat(np.arange(len(self.shards)), np.diff(self.shard_starts))
+
+    def shard_of(self, i: int) -> int:
+        return bisect_right(self._starts, i) - 1
 
     def read(self, i: int) -> Sample:
         """Sample i, by one positioned read. Arrays are float32, owned by the caller and writable.
@@ -140,7 +162,17 @@ class ShardSet:
             self._files.clear()
         self.place.close()
 
-    def _read_index(self, shard: dict):
+    def _write_columns(self, writer: Writer):
+        """One shard at a time."""
+        writer.append_lengths("key_starts", np.zeros(0, np.int64))
+        for shard in self.shards:
+            index = self._read_index(shard)
+            writer.append("keys", np.frombuffer("".join(index.keys).encode("ascii"), np.uint8))
+            writer.append_lengths("key_starts", np.fromiter(map(len, index.keys), np.int64))
+            for name in ("num_residues", "num_turns", "spans"):
+                writer.append(name, getattr(index, name))
+
+    def _read_index(self, shard: dict) -> Index:
         name = f"{self.address}/{shard['index_file']}"
         try:
             content = self.place.read(shard["index_file"], MAX_INDEX_BYTES)
@@ -158,7 +190,7 @@ class ShardSet:
         try:
             return self._decode(i, fields, decode)
         except BadSample:
-            number = int(self.shard_numbers[i])
+            number = self.shard_of(i)
             with self._lock:
                 self._files.pop(number, None)
             self.place.forget(self.shards[number])
@@ -201,9 +233,10 @@ class ShardSet:
 
     def _read_at(self, i: int, offset: int, size: int) -> memoryview:
         """Up to `size` bytes, fewer only at the end of the file (which the checksum then tells)."""
-        number = int(self.shard_numbers[i])
+        if not 0 <= size <= MAX_SAMPLE_BYTES:
+            raise self._bad(i, f"{size} bytes by the index, wanted at most {MAX_SAMPLE_BYTES}")
         try:
-            file = self._open(number, i)
+            file = self._open(self.shard_of(i), i)
             # Read into an array of its own, of which the coordinates are a view that the caller may write to.
             block = memoryview(np.empty(size, np.uint8))
             done = 0
@@ -239,12 +272,12 @@ class ShardSet:
         return file
 
     def _bad(self, i: int, reason: str) -> BadSample:
-        return BadSample(f"{self.address}/{self.shards[self.shard_numbers[i]]['file']}", self.keys[i], reason)
+        return BadSample(f"{self.address}/{self.shards[self.shard_of(i)]['file']}", self.keys[i], reason)
 
     def _name_broken(self, shard: int) -> str:
         """Which samples of a damaged shard fail their own checksums, at most five of them by name."""
         broken = []
-        for i in np.flatnonzero(self.shard_numbers == shard).tolist():
+        for i in range(*self._starts[shard : shard + 2]):
             try:
                 self._fetch(i, FIELDS)
             except ShardError:
@@ -264,6 +297,12 @@ class _File:
     def __del__(self):
         if hasattr(self, "descriptor"):
             os.close(self.descriptor)
+
+
+def index_name(split: str, shards: list[dict]) -> str:
+    """Name of a split's columns: a hash of the indexes that they are made of, and of their form."""
+    identity = (sorted(COLUMNS.items()), FIELDS, [shard["index_sha256"] for shard in shards])
+    return f"index-{split}-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}"
 
 
 def read_manifest(directory: str | Path) -> dict:

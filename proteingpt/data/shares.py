@@ -1,7 +1,7 @@
 """Who computes what: a step's packs shared out among ranks of unlike speed and room, and how well that can be done.
 
-Whole packs are handed over, so that a pack has the same bytes wherever it runs. So few packs cannot be shared out evenly:
-`best_count` looks for a number that can.
+Whole packs are handed over, so that a pack has the same bytes wherever it runs. So few packs cannot be shared out
+evenly: `best_count` looks for a number that can.
 """
 
 from collections.abc import Sequence
@@ -58,7 +58,8 @@ def fuse(packs: list[int], tokens: list[int], limit: int | None) -> list[list[in
 
 
 def reached(tokens: list[int], speeds: list[float], capacities: list[int | None] | None = None) -> float:
-    """Share of the ranks' summed speed that a step reaches, whose packs have so many tokens: ideal time / slowest rank's."""
+    """Share of the ranks' summed speed that a step reaches, whose packs have so many tokens: ideal time / slowest
+    rank's."""
     loads = [sum(tokens[p] for forward in share for p in forward) for share in assign(tokens, speeds, capacities)]
     return sum(tokens) / sum(speeds) / max(load / speed for load, speed in zip(loads, speeds))
 
@@ -89,8 +90,8 @@ def better_counts(num_packs: int, speeds: list[float], wanted: float = WANTED) -
 
 
 def best_count(num_packs: int, speeds: list[float], wanted: float = WANTED) -> int:
-    """The number of packs nearest to `num_packs` that reaches `wanted`; where none near does, the smallest that does of up
-    to 64 for each rank, or else the best of those."""
+    """The number of packs nearest to `num_packs` that reaches `wanted`; where none near does, the smallest that does of
+    up to 64 for each rank, or else the best of those."""
     near = better_counts(num_packs, speeds, wanted)
     if near:
         return near[0]
@@ -98,9 +99,12 @@ def best_count(num_packs: int, speeds: list[float], wanted: float = WANTED) -> i
     return int(np.argmax(found >= wanted) if found.max() >= wanted else np.argmax(found)) + 1
 
 
-def balance_line(steps: list[list[int]], speeds: list[float], capacities: list[int | None], per_step: tuple[str, int]) -> str:
-    """One line for people: packs a step, the share of the summed speed that these steps reach on average, and where that
-    is under WANTED, what would reach it. steps: tokens of each pack of each step; per_step: the setting and its value."""
+def balance_line(
+    steps: list[list[int]], speeds: list[float], capacities: list[int | None], per_step: tuple[str, int]
+) -> str:
+    """One line for people: packs a step, the share of the summed speed that these steps reach on average, and where
+    that is under WANTED, what would reach it. steps: tokens of each pack of each step; per_step: the setting and its
+    value."""
     num_packs = sum(map(len, steps)) / len(steps)
     share = sum(reached(tokens, speeds, capacities) for tokens in steps) / len(steps)
     line = f"{num_packs:.4g} packs a step on {len(speeds)} rank(s): {share:.1%} of their summed speed"
@@ -110,6 +114,6 @@ def balance_line(steps: list[list[int]], speeds: list[float], capacities: list[i
     better = best_count(round(num_packs), speeds, wanted=(1 + 2 * WANTED) / 3)
     name, value = per_step
     return (
-        f"{line}; {name} {round(value * better / num_packs)} instead of {value} would make about {better} packs and reach "
-        f"{efficiency(better, speeds):.1%}"
+        f"{line}; {name} {round(value * better / num_packs)} instead of {value} would make about {better} packs and "
+        f"reach {efficiency(better, speeds):.1%}"
     )

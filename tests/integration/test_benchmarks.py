@@ -1,10 +1,18 @@
-"""Benchmarks for a GPU run at tiny size on a CPU, so that they work once there is one; and their FLOPs are counted right."""
+"""Benchmarks run at tiny size, so that they work on a machine that is worth it; and what they count is counted
+right."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from benchmarks.mixed_devices import simulate
+from benchmarks.saving import stall_share
+from proteingpt.data.shares import efficiency
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -53,3 +61,70 @@ def test_the_flops_of_the_step_are_those_that_torch_counts():
     projector = 2 * 2 * told["rows"] * (512 + 2560) * told["width"]
     assert told["counted"]["aten.mm"] + told["counted"]["aten.addmm"] == told["claimed"] + projector
     assert told["tokens"] <= 700
+
+
+@pytest.fixture
+def figures_of(monkeypatch, capsys):
+    """The JSON line of a benchmark that runs in this process."""
+
+    def run(name: str, *options: str) -> dict:
+        monkeypatch.setattr(sys, "argv", [name, *options])
+        importlib.import_module(f"benchmarks.{name}").main()
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return run
+
+
+def test_a_shared_prefix_is_counted_once(figures_of):
+    """Of one protein with 29 questions: alone each reads P + q tokens, in a pack all read P + 29 q."""
+    figures = figures_of("shared_prefix", "--proteins", "1", "--width", "32", "--layers", "1")
+    alone, packed = (figures[f"{way}_tokens_per_question"] for way in ("one_by_one", "packed"))
+    prefix = (alone - packed) * 29 / 28
+    assert prefix == pytest.approx(round(prefix)) and 0 < prefix < alone
+    assert figures["ratio"] > 0 and figures["token_ratio"] == pytest.approx(alone / packed)
+
+
+def test_the_loader_reads_what_webdataset_reads(figures_of):
+    """It compares the samples before it times them."""
+    figures = figures_of("loader", "--proteins", "30")
+    assert figures["ratio"] > 0 and 0 <= figures["waiting_share"] < 1
+    assert all(figures[f"{way}_packs_per_second"] > 0 for way in ("thread", "process"))
+
+
+def test_an_epoch_is_planned(figures_of):
+    figures = figures_of("plan", "--proteins", "400", "--turns", "300", "--samples", "2000", "--window", "2000")
+    assert figures["ratio"] == pytest.approx(5 / figures["slowest_seconds"])
+    assert 0.9 < figures["fill_at_4096"] <= 1 and 0.9 < figures["balance"]["share_of_the_sum"] <= 1
+    assert [found["samples"] for found in figures["memory"]["sets"]] == [500, 2000]
+    assert figures["index_turns_per_second"].keys() == {"recurring", "different"}
+
+
+@pytest.mark.nightly
+def test_two_unlike_ranks_run_alone_and_together():
+    figures = last_json(
+        sys.executable, "-m", "benchmarks.mixed_devices", "--steps", "12", "--warm", "2", "--rounds", "1"
+    )
+    (done,) = figures["rounds"]
+    assert figures["ratio"] == done["ratio"] > 0 and 0 < figures["limit"] <= 1
+    assert len(done["alone_tokens_per_second"]) == 2 and len(figures["simulated"]) == 4
+
+
+def test_the_simulator_without_noise_reaches_what_whole_packs_allow():
+    assert simulate([2.0, 1.0], 3, noise=0.0) == pytest.approx(1.0)
+    assert simulate([2.0, 1.0], 2, noise=0.0) == pytest.approx(2 / 3)  # one each, or both on the fast one: a second
+    speeds = [10_643.0] * 2 + [3_679.0] * 2
+    assert simulate(speeds, 64, noise=0.0) == pytest.approx(efficiency(64, speeds))
+    assert simulate(speeds, 64, noise=0.03) < efficiency(64, speeds)
+
+
+def test_what_a_save_costs_by_hand():
+    """Of 600 s: 1 s held; and of 4 s of writing, in which steps of 2 s take 4, half."""
+    assert stall_share(held=1.0, slowed=4.0, quiet=2.0, writing=4.0) == pytest.approx(3 / 600)
+    assert stall_share(held=1.0, slowed=1.9, quiet=2.0, writing=4.0) == pytest.approx(1 / 600)
+
+
+@pytest.mark.nightly
+def test_saving_is_measured_at_tiny_size():
+    figures = last_json(sys.executable, "-m", "benchmarks.saving", "--widths", "64", "--steps", "1", "--saves", "1")
+    (found,) = figures["sizes"]
+    assert found["state_bytes"] == 3 * 4 * (512 + 2560 + 2) * 64 and found["held_seconds"] > 0 and figures["ratio"] > 0

@@ -6,14 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from proteingpt.data.columns import Joined
 from proteingpt.data.index import (
-    Joined,
     TokenIndex,
     Tokens,
     build_index,
     in_order,
     index_name,
     join_indexes,
+    num_longer,
     open_index,
     tokenise_once,
     usable,
@@ -202,23 +203,6 @@ def test_a_bare_tokenizer_gives_what_its_wrapper_gives(demo_assets, text):
     assert prompt.is_bare and prompt.encode([text, "x"])[0] == wanted
 
 
-arrays = st.lists(st.lists(st.integers(-9, 9), max_size=6), min_size=1, max_size=4)
-
-
-@given(arrays, st.data())
-def test_joined_arrays_are_read_like_one(parts, data):
-    shifts = data.draw(st.lists(st.integers(0, 100), min_size=len(parts), max_size=len(parts)))
-    joined = Joined([np.array(part, np.int64) for part in parts], shifts)
-    whole = np.array([value + shift for part, shift in zip(parts, shifts) for value in part], np.int64)
-    assert len(joined) == len(whole)
-    first, last = (data.draw(st.integers(0, len(whole))) for _ in range(2))
-    assert joined[first:last].tolist() == whole[first:last].tolist()
-    if len(whole):
-        where = np.array(data.draw(st.lists(st.integers(0, len(whole) - 1), max_size=8)), np.int64)
-        assert joined[where].tolist() == whole[where].tolist()
-        assert [int(joined[int(i)]) for i in where] == whole[where].tolist()
-
-
 def test_two_indexes_joined_are_the_index_of_both(prompt, tmp_path):
     for name, samples in (("a", SAMPLES[:2]), ("b", SAMPLES[2:]), ("both", SAMPLES)):
         write_shards(tmp_path / name, {"train": samples}, samples_per_shard=3, options={})
@@ -236,7 +220,8 @@ def test_two_indexes_joined_are_the_index_of_both(prompt, tmp_path):
 
 
 def test_a_sample_that_will_be_cropped_is_as_long_as_its_crop(shards, prompt):
-    """44 + 4 tokens of the longest question, 20 before the protein: 78 takes 3 residues, and more only if they are cut."""
+    """44 + 4 tokens of the longest question, 20 before the protein: 78 takes 3 residues, and more only if they are
+    cut."""
     index, lengths = build_index(shards, "instruct", prompt()), np.array([3, 4, 900, 3])
     assert usable(index, lengths, 20, 78, 3).tolist() == [True, False, False, True]
     assert usable(index, lengths, 20, 78, 3, crop=True).tolist() == [True] * 4
@@ -268,6 +253,17 @@ def test_usable_at_the_very_edge_of_max_residues(shards, prompt):
     residues = np.array([3, 4, 5, 6], np.int32)
     assert usable(index, residues, 20, 10_000, 4).tolist() == [True, True, False, False]
     assert usable(index, residues, 20, 10_000, None).all()
+
+
+def test_pieces_of_the_samples_leave_no_seam(shards, prompt, monkeypatch):
+    """Behind 20 ids and 2 * (residues + 2) rows the longest questions take 48, 38, 0 and 37: 78, 80, 84 and 71 in
+    all."""
+    index, lengths = build_index(shards, "instruct", prompt()), np.array([3, 9, 30, 5], np.int32)
+    for at_once in (1, 3, 4, 100):
+        monkeypatch.setattr("proteingpt.data.columns.AT_ONCE", at_once)
+        for one in (lengths, Joined([lengths[:1], lengths[1:]])):
+            assert usable(index, one, 20, 79, None).tolist() == [True, False, False, True]
+            assert num_longer(one, np.array([True, True, False, True]), 4) == 2
 
 
 def test_usable_counts_past_32_bits():

@@ -95,7 +95,12 @@ def test_a_step_is_the_same_whichever_was_asked_for_before(plan, data):
         (dataclasses.replace(STAGE, questions_per_group=4), 42, range(16), None),
         (dataclasses.replace(STAGE, questions_per_protein=4), 42, range(16), None),
         (dataclasses.replace(STAGE, tokens_per_pack=500), 42, range(16), None),
-        (dataclasses.replace(STAGE, samples_per_step=None, tokens_per_step=900, tokens_per_pack=450), 42, range(16), None),
+        (
+            dataclasses.replace(STAGE, samples_per_step=None, tokens_per_step=900, tokens_per_pack=450),
+            42,
+            range(16),
+            None,
+        ),
         (STAGE, 42, range(15), None),
         (STAGE, 42, range(16), 1),
     ],

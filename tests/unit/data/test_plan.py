@@ -1,6 +1,7 @@
 """The plan: what it promises for any data set (hypothesis), and stored orders, so that none ever changes silently."""
 
 import dataclasses
+import hashlib
 import inspect
 import itertools
 import math
@@ -17,15 +18,13 @@ from proteingpt.config import RunConfig, from_dict, read_recipe
 from proteingpt.data.packing import best_fit
 from proteingpt.data.plan import (
     QUESTIONS_PER_WINDOW,
+    VERSION,
     Cut,
     PlanError,
     Samples,
     Totals,
-    cut_evenly,
-    fingerprint,
     hash_keys,
     join,
-    mix,
     num_steps,
     packing_rate,
     plan_window,
@@ -302,7 +301,8 @@ def test_windows_by_hand():
     totals = Totals(np.array([30, 10, 40, 40]) * 1024, np.array([30, 10, 40, 40]))
     for epoch in range(5):
         made = windows(totals, cut_of(per_step=10, shards_per_window=1), epoch)
-        assert sorted((window.shards, window.num_steps) for window in made) == [((0,), 3), ((1,), 1), ((2,), 4), ((3,), 4)]
+        steps = sorted((window.shards, window.num_steps) for window in made)
+        assert steps == [((0,), 3), ((1,), 1), ((2,), 4), ((3,), 4)]
     totals, seen = Totals(np.array([5, 15, 20]) * 1024, np.array([5, 15, 20])), set()
     by_order = {
         (0, 1, 2): [((0, 1), 2), ((2,), 2)],
@@ -522,9 +522,9 @@ FILLS = {
     (1, 4096): (0.995, 1.0, 1.0),
     (4, 4096): (0.993, 1.0, 1.0),
     (8, 4096): (0.994, 1.004, 0.997),
-    (30, 4096): (0.993, 1.020, 0.952),
-    (30, 8192): (0.997, 1.009, 0.977),
-    (30, 16384): (0.995, 1.003, 0.990),
+    (30, 4096): (0.993, 1.018, 0.952),
+    (30, 8192): (0.994, 1.007, 0.976),
+    (30, 16384): (0.997, 1.003, 0.987),
 }
 
 
@@ -574,7 +574,7 @@ def test_steps_of_tokens_are_even_and_near_what_was_asked():
     packs = np.diff(made.windows[0].step_starts)
     assert packs.max() - packs.min() <= 1 and np.mean(packs == 16) >= 0.9
     tokens = np.array([sum(made.step_tokens(n)) for n in range(made.num_steps)])
-    assert abs(tokens.mean() / 131_072 - 1) < 0.01
+    assert abs(tokens.mean() / 131_072 - 1) < 0.015  # sixteen packs, full to 99 percent
     assert np.abs(tokens / 131_072 - 1).max() < 0.1
 
 
@@ -671,7 +671,8 @@ def test_a_whole_weight_leaves_the_first_copys_order_alone():
 
 def test_the_steps_of_a_mixture_by_hand():
     """Ten proteins of 4 questions once, ten half of the time, ten 2.5 times: 40 + 20 + 100 = 160 questions."""
-    data = samples_of([[1] * 4] * 30, shards=[0] * 10 + [1] * 10 + [2] * 10, weights=[1.0] * 10 + [0.5] * 10 + [2.5] * 10)
+    weights = [1.0] * 10 + [0.5] * 10 + [2.5] * 10
+    data = samples_of([[1] * 4] * 30, shards=[0] * 10 + [1] * 10 + [2] * 10, weights=weights)
     cut = cut_of(per_group=4, per_step=16)
     totals = totals_of(data, cut)
     assert (totals.sizes / 1024).tolist() == [40, 20, 100] and totals.questions.tolist() == [40, 40, 120]
@@ -706,12 +707,13 @@ print(tracemalloc.get_traced_memory()[1], steps, asked)
 
 
 def test_the_memory_of_a_plan_is_that_of_its_largest_window():
-    """64 times the samples, 80,000 questions or 5 million of them, with windows of the same size: the peak grows by what
+    """64 times the samples, 80,000 questions or 5 million, with windows of the same size: the peak grows by what
     is kept of each shard, here far under a thousand bytes of it."""
 
     def measure(num_shards: int, num_windows: int) -> list[int]:
         command = [sys.executable, "-c", MEASURED, str(num_shards), str(num_windows)]
-        return [int(word) for word in subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return [int(word) for word in said.split()]
 
     (few, steps, asked), (many, more_steps, _) = measure(27, 3), measure(27 * 64, 3)
     assert asked == 3 * 8 * 500 * 6 and more_steps == pytest.approx(64 * steps, rel=0.02)
@@ -783,7 +785,8 @@ STORED = [
 ]
 # By hand: three of 3abc's four questions, all others once. The expected tokens are 17 + 16 in the first shard,
 # 26 + 22.5 in the second, 28 + 24 in the third: 133.5, of which 45 packed at a time make 4 packs, and 4 x 45 / 60 = 3
-# steps. The first shard is 0.74 steps, so it is joined to the second, with which it is 1.8: one step, and two are left. Best fit of 29, 21, 17, 16 into 45: 29 and 16, 21 and 17. 4abc's long
+# steps. The first shard is 0.74 steps, so it is joined to the second, with which it is 1.8: one step, and two are left.
+# Best fit of 29, 21, 17, 16 into 45: 29 and 16, 21 and 17. 4abc's long
 # question leaves room for 45 - 14 - 20 = 11 beside it and begins a part of its own.
 STORED_TOKENS = [
     [[("3abc_A", (2,)), ("0abc_A", (0, 1))], [("1abc_A", (0,)), ("3abc_A", (1, 3))]],
@@ -802,99 +805,11 @@ def test_an_order_never_changes_silently():
     assert named(made, keys) == STORED_TOKENS
 
 
-# ------------------------------------------------------------------------------------------------------------- mix
-
-
-def splitmix64(state: int, number: int) -> list[int]:
-    """The reference generator (Vigna's splitmix64.c) in Python integers."""
-    outputs = []
-    for _ in range(number):
-        state = (state + 0x9E3779B97F4A7C15) % 2**64
-        z = state
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
-        outputs.append(z ^ (z >> 31))
-    return outputs
-
-
-# Published outputs of splitmix64 with seed 1234567 (Rosetta Code, "Pseudo-random numbers/Splitmix64").
-PUBLISHED = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
-
-
-def test_unseeded_it_is_splitmix64():
-    assert splitmix64(1234567, 5) == PUBLISHED
-    states = [(1234567 + n * 0x9E3779B97F4A7C15) % 2**64 for n in range(5)]
-    assert mix(np.array(states, np.uint64)).tolist() == PUBLISHED
-
-
-@given(st.integers(0, 2**64 - 1), st.lists(st.integers(0, 2**40), max_size=3))
-def test_each_seed_is_one_more_round_that_starts_elsewhere(value, seeds):
-    state = value
-    for seed in (*seeds, 0):
-        # 2 * seed golden steps on; the reference takes one more by itself.
-        state = splitmix64((state + 2 * seed * 0x9E3779B97F4A7C15) % 2**64, 1)[0]
-    assert mix(np.array([value], np.uint64), *seeds).tolist() == [state]
-
-
-def test_stored_hashes():
-    values = np.array([0, 1, 2**63, 2**64 - 1], np.uint64)
-    stored = [909140996058378746, 895922513266348529, 9145051384581628249, 10435787699283145447]
-    assert mix(values, 42, 0, 1).tolist() == stored
-    # python -c 'import hashlib; print(int.from_bytes(hashlib.blake2b(b"1cbs_A", digest_size=8).digest(), "little"))'
-    assert hash_keys(["1cbs_A", "4hhb_B"]).tolist() == [9525869841353725312, 7179624607032906335]
-
-
-def test_hashing_leaves_its_input_alone():
-    values = np.arange(4, dtype=np.uint64)
-    mix(values, 1)
-    assert values.tolist() == [0, 1, 2, 3]
-
-
-@given(st.lists(st.integers(1, 6), min_size=1, max_size=40), st.data())
-def test_parts_are_cut_in_order_and_even_up_to_an_item(sizes, data):
-    parts = data.draw(st.integers(1, max(1, sum(sizes) // max(sizes))))
-    part = cut_evenly(np.array(sizes), parts).tolist()
-    assert part == sorted(part) and set(part) == set(range(parts))
-    held = [sum(size for size, p in zip(sizes, part) if p == number) for number in range(parts)]
-    assert all(abs(h - sum(sizes) / parts) < max(sizes) for h in held)
-
-
-# ----------------------------------------------------------------------------------------------------- fingerprint
-
-
-PARTS = (np.array([1, 2]), np.array([3, 4]), [5, 6], (42, 128, 8, 30))
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [
-        (np.array([1, 3]), *PARTS[1:]),
-        (np.array([2, 1]), *PARTS[1:]),
-        (PARTS[0], np.array([3, 5]), *PARTS[2:]),
-        (*PARTS[:2], [5, 7], PARTS[3]),
-        (*PARTS[:2], [5], PARTS[3]),
-        (*PARTS[:3], (43, 128, 8, 30)),
-        (PARTS[1], PARTS[0], *PARTS[2:]),
-        PARTS[:3],
-    ],
-)
-def test_a_fingerprint_changes_with_each_of_its_parts(changed):
-    assert fingerprint(*changed) != fingerprint(*PARTS)
-    assert fingerprint(*changed) == fingerprint(*changed)
-
-
-arrays = st.lists(st.integers(0, 2), max_size=4)
-
-
-@given(st.lists(arrays, max_size=3), st.lists(arrays, max_size=3))
-def test_fingerprints_are_equal_only_for_equal_parts(one, other):
-    """Where a part ends counts: [1, 0] beside [] is not [1] beside [0]."""
-    prints = [fingerprint(*(np.array(part, np.int64) for part in parts)) for parts in (one, other)]
-    assert (prints[0] == prints[1]) == (one == other)
-
-
-def test_fingerprints_tell_where_a_part_ends():
-    def of(*parts):
-        return fingerprint(*(np.array(part, np.int64) for part in parts))
-
-    assert of([1, 0], []) != of([1], [0])
+def test_packs_never_change_without_another_version():
+    """What is too much to do by hand: 60 proteins of 30 questions, cut into packs that are full. Whoever changes this
+    hash raises plan.VERSION, so that a run that was begun with the old packs is not continued with others."""
+    costs = [[5 + (7 * sample + 3 * turn) % 23 for turn in range(30)] for sample in range(60)]
+    samples = samples_of(costs, [40 + 37 * n % 211 for n in range(60)], [0] * 60)
+    made = plan_epoch(samples, Cut(7, 30, tokens_per_step=9000, tokens_per_pack=1000), 2)
+    digest = hashlib.sha256(repr(named(made, keys_of(60))).encode()).hexdigest()
+    assert (VERSION, digest[:16]) == (2, "e76311350628eacd")

@@ -177,8 +177,8 @@ PAPER = [10_643.0, 10_643.0, 3_679.0, 3_679.0]
 
 
 def test_the_best_number_of_packs_by_trying_all():
-    """On the paper's machines 16 packs reach 91.1 %: 6, 6, 2, 2, and the A100s end at 2 / 0.3457 = 5.79, the H100s at 6;
-    16 / 2.691 / 6 = 0.991. Hence by brute force, over shares as `assign` makes them."""
+    """On the paper's machines 16 packs reach 91.1 %: 6, 6, 2, 2, and the A100s end at 2 / 0.3457 = 5.79, the H100s at
+    6; 16 / 2.691 / 6 = 0.991. Hence by brute force, over shares as `assign` makes them."""
     for num_packs in (1, 4, 8, 11, 16, 24, 40):
         best = best_count(num_packs, PAPER)
         tried = {n: reached([1] * n, PAPER) for n in range(1, 257)}
@@ -198,10 +198,12 @@ def test_where_no_number_reaches_it_the_best_is_taken():
     assert found[best_count(3, speeds, wanted=1.1)] == max(found.values())
 
 
-@pytest.mark.parametrize("speeds", [PAPER, MIXED, [1.0] * 4, [4.0, 1.0, 1.0, 2.0]], ids=["paper", "16", "equal", "1 to 4"])
+@pytest.mark.parametrize(
+    "speeds", [PAPER, MIXED, [1.0] * 4, [4.0, 1.0, 1.0, 2.0]], ids=["paper", "16", "equal", "1 to 4"]
+)
 def test_finish_times_are_within_three_percent_at_the_number_of_packs_that_the_planner_finds(speeds):
-    """With packs as the plan makes them, of the lengths of the PDB, shared out whole. Within 3 %: the slowest rank ends no
-    later than ideal time / 0.97."""
+    """With packs as the plan makes them, of the lengths of the PDB, shared out whole. Within 3 %: the slowest rank ends
+    no later than ideal time / 0.97."""
     num_packs = best_count(32, speeds, wanted=0.98)
     cut = Cut(42, 30, tokens_per_step=num_packs * 8192, tokens_per_pack=8192)
     data = pdb_like(num_packs * 170)
@@ -216,12 +218,12 @@ def test_finish_times_are_within_three_percent_at_the_number_of_packs_that_the_p
 
 
 def test_what_the_run_says_of_its_steps_by_hand():
-    """Two steps of 4 packs on the paper's machines, in tokens of a pack: 2, 2 and none on the A100s end at 2: 4 / 2.691 / 2
-    = 74.3 %. The nearest number that reaches 97 % is 8: 3, 3, 1, 1 end at 3: 8 / 2.691 / 3 = 99.1 %."""
+    """Two steps of 4 packs on the paper's machines, in tokens of a pack: 2, 2 and none on the A100s end at 2: 4 / 2.691
+    / 2 = 74.3 %. The nearest number that reaches 97 % is 8: 3, 3, 1, 1 end at 3: 8 / 2.691 / 3 = 99.1 %."""
     line = balance_line([[1000] * 4, [1000] * 4], PAPER, [None] * 4, ("tokens_per_step", 4000))
     assert line == (
-        "4 packs a step on 4 rank(s): 74.3% of their summed speed; tokens_per_step 8000 instead of 4000 would make about "
-        "8 packs and reach 99.1%"
+        "4 packs a step on 4 rank(s): 74.3% of their summed speed; tokens_per_step 8000 instead of 4000 would make "
+        "about 8 packs and reach 99.1%"
     )
     line = balance_line([[1000] * 8], PAPER, [None] * 4, ("tokens_per_step", 8000))
     assert line == "8 packs a step on 4 rank(s): 99.1% of their summed speed"
