@@ -4,6 +4,7 @@ Units are angstrom everywhere. A residue that was not resolved stays in the sequ
 row i of every per-residue array is letter i of the sequence.
 """
 
+import re
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,15 +12,25 @@ import numpy as np
 BACKBONE_ATOMS = ("N", "CA", "C")
 UNKNOWN_RESIDUE = "X"
 
+# An entry's id as wwPDB extends it; those that begin like this one are the old ids of four letters.
+_EXTENDED_ID = re.compile(r"pdb_0000([0-9a-z]{4})")
+
 # Each encoder adds a begin-of-sequence and an end-of-sequence row, and the soft prompt keeps them (as published).
 ENCODER_EXTRA_ROWS = 2
+
+
+def short_id(name: str) -> str:
+    """An entry's id as everything here knows it: in lower case, and `pdb_00001abc`, wwPDB's new form, as `1abc`."""
+    name = name.lower()
+    extended = _EXTENDED_ID.fullmatch(name)
+    return extended[1] if extended else name
 
 
 @dataclass(frozen=True)
 class Protein:
     """One chain.
 
-    id: entry identifier in lower case, as in `1cbs`.
+    id: entry identifier as `short_id` gives it, `1cbs`.
     chain: author chain id, as printed in the paper of the structure, case kept.
     sequence: the deposited one, one letter per residue, L letters.
     backbone: float32 (L, 3, 3), angstrom, atoms in the order N CA C, NaN where unresolved.
@@ -130,7 +141,8 @@ class Sample:
 
 
 def part_length(num_rows, num_tokens: int | None):
-    """Positions that the rows of one encoder take, ints or arrays: as many, or a resampler's fixed number if there are any."""
+    """Positions that the rows of one encoder take, ints or arrays: as many, or a resampler's fixed number if there are
+    any."""
     return num_rows if num_tokens is None else num_tokens * (num_rows > 0)
 
 
@@ -138,8 +150,8 @@ def part_length(num_rows, num_tokens: int | None):
 class PrefixLength:
     """Positions a protein takes in the prompt: those of ESM-IF1, then those of ESM-2, or of one of them.
 
-    A function of its length alone, so that prompts reserve this many placeholders before any model runs. num_tokens: what
-    a resampler makes of the rows of each encoder; None where every row is kept, as published.
+    A function of its length alone, so that prompts reserve this many placeholders before any model runs. num_tokens:
+    what a resampler makes of the rows of each encoder; None where every row is kept, as published.
     """
 
     num_encoders: int = 2

@@ -12,8 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from proteingpt.data.plain_text import plain_text
 from proteingpt.data.structure.fact_texts import DAY, split_keywords
-from proteingpt.protein import Facts
+from proteingpt.protein import Facts, short_id
 
 _ENTRY_ID = re.compile(r"[0-9a-z]{4}|pdb_[0-9a-z]{8}")
 _CLUSTER_MEMBER = re.compile(r"(?:[0-9A-Z]{4}|PDB_[0-9A-Z]{8})_[0-9]+", re.IGNORECASE)
@@ -73,7 +74,7 @@ class AnnotationError(ValueError):
 class Annotation:
     """What RCSB says of an entry.
 
-    abstract: of the primary citation, as PubMed has it (it may hold tags such as <sup>), on one line.
+    abstract: of the primary citation, as plain text on one line.
     release_date: day of the first release, `2001-05-23`.
     polymer_entities: {author chain id: entity id}, of all polymers; `1ABC_` + entity id is the name in cluster files.
     """
@@ -90,7 +91,7 @@ def annotation_from_rcsb(entry: dict) -> Annotation:
     day = DAY.match(date or "")
     return Annotation(
         facts=facts_from_rcsb(entry),
-        abstract=_text(_object(entry, "pubmed"), "rcsb_pubmed_abstract_text"),
+        abstract=plain_text(_text(_object(entry, "pubmed"), "rcsb_pubmed_abstract_text") or "") or None,
         release_date=day and day[0],
         polymer_entities=_entity_of_chain(entry),
     )
@@ -211,16 +212,17 @@ def parse_clusters(lines: Iterable[str]) -> dict[str, int]:
     """
     clusters: dict[str, int] = {}
     for number, line in enumerate(lines):
-        for name in line.split():
-            if _CLUSTER_MEMBER.fullmatch(name) and clusters.setdefault(name.upper(), number) != number:
-                first = clusters[name.upper()]
-                raise ValueError(f"entity {name} is in the clusters of lines {first + 1} and {number + 1}")
+        for member in filter(_CLUSTER_MEMBER.fullmatch, line.split()):
+            entry, _, entity = member.rpartition("_")
+            first = clusters.setdefault(f"{short_id(entry).upper()}_{entity}", number)
+            if first != number:
+                raise ValueError(f"entity {member} is in the clusters of lines {first + 1} and {number + 1}")
     return clusters
 
 
 def entry_id(text: str) -> str:
     """The id as the project writes it: lower case, and `pdb_00001abc` by its short form. Raises ValueError."""
-    name = text.strip().lower().removeprefix("pdb_0000") if len(text.strip()) == 12 else text.strip().lower()
+    name = short_id(text.strip())
     if not _ENTRY_ID.fullmatch(name):
         raise ValueError(f"{text!r} is not the id of a PDB entry; wanted four letters and digits, or pdb_ and eight")
     return name

@@ -5,11 +5,11 @@ from collections.abc import Collection, Hashable, Mapping
 from pathlib import Path
 
 from proteingpt.data import splits
+from proteingpt.data.fetching import FetchError
 from proteingpt.data.filters import ASKED_FOR, Filters, Skip, asked_steps, count_funnel
 from proteingpt.data.pieces import Parsed, Stored, read_stored
-from proteingpt.data.rcsb import FetchError
 from proteingpt.data.report import REPORT_NAME, SKIPPED_NAME, BuildReport, write_report, write_skipped
-from proteingpt.data.shards import write_shards
+from proteingpt.data.shards import file_sha256, write_shards
 from proteingpt.data.sources import Gathered, Sources
 from proteingpt.data.splits import SplitError
 from proteingpt.data.structure.fact_texts import is_day
@@ -25,6 +25,8 @@ class BuildOptions:
 
     split: paper, date, cluster or published (splits.py). test_fraction: share of the entries held out. test_from: ISO
     day, for split date. seed: draws the lots. samples_per_shard, shard_mb: a tar ends at whichever comes first.
+    seconds_per_file: a file that takes longer is skipped, None: never; the largest of the archive take one or two
+    minutes.
     """
 
     filters: Filters = Filters()
@@ -34,6 +36,7 @@ class BuildOptions:
     seed: int = 42
     samples_per_shard: int = 1000
     shard_mb: float | None = None
+    seconds_per_file: float | None = 300.0
 
     def __post_init__(self):
         filters = self.filters
@@ -57,6 +60,8 @@ class BuildOptions:
             raise BuildError(f"samples_per_shard is {self.samples_per_shard}, wanted at least 1")
         if self.shard_mb is not None and not self.shard_mb > 0:
             raise BuildError(f"shard_mb is {self.shard_mb}, wanted more than 0")
+        if self.seconds_per_file is not None and not 0 < self.seconds_per_file <= 86_400:
+            raise BuildError(f"seconds_per_file is {self.seconds_per_file}, wanted more than 0 and at most 86400")
 
 
 def check_split(sources: Sources, options: BuildOptions) -> None:
@@ -87,7 +92,10 @@ def write_build(
     report.funnel = _funnel(report, entries, options.filters)
     write_skipped(out / SKIPPED_NAME, report)
     _check_survivors(entries, report, max_failed_share)
-    clusters = _clusters(entries, gathered, sources, options, work)
+    clusters, origin = _clusters(entries, gathered, sources, options, work)
+    report.options["clusters_from"] = origin.name
+    if origin.file is not None:
+        report.options["source_sha256"] |= {"clusters": [file_sha256(origin.file)]}
     test = _draw_test(entries, gathered.sides, clusters, options)
     sides = {"train": [e for e in entries.values() if e.entry not in test]}
     sides["test"] = [e for e in entries.values() if e.entry in test]
@@ -181,31 +189,42 @@ def _draw_test(
         raise BuildError(str(error)) from error
 
 
+@dataclasses.dataclass(frozen=True)
+class _Origin:
+    """Where clusters come from. name: of the file, its address, or the program that made them; None without any."""
+
+    name: str | None = None
+    file: Path | None = None
+
+
 def _clusters(
     entries: Mapping[str, Parsed], gathered: Gathered, sources: Sources, options: BuildOptions, work: Path
-) -> dict[str, frozenset[Hashable]] | None:
-    """{sample key: the clusters it is in}; None where no clusters are known and none are needed.
+) -> tuple[dict[str, frozenset[Hashable]] | None, _Origin]:
+    """{sample key: the clusters it is in}, and their origin; None where no clusters are known and none are needed.
 
     Where it is not known which entity a chain is of, it counts as being in the clusters of all entities of its entry:
     that may link too much, and never lets a near copy through. A chain that no cluster has is with its exact copies.
     """
     try:
         if sources.clusters is not None:
-            of_entity = splits.read_clusters(sources.clusters)
+            origin = _Origin(sources.clusters.name, sources.clusters)
         elif options.split == "cluster" and sources.rcsb is not None:
-            of_entity = gathered.client.fetch_clusters(30)
+            file = gathered.client.fetch_clusters(30)
+            origin = _Origin(f"{gathered.client.addresses.clusters}/{file.name}", file)
         elif options.split == "cluster":
-            return _mmseqs_clusters(entries, work)
+            return _mmseqs_clusters(entries, work), _Origin(splits.name_mmseqs())
         else:
-            return None
+            return None, _Origin()
+        of_entity = splits.read_clusters(origin.file)
     except (SplitError, FetchError) as error:
         raise BuildError(str(error)) from error
     of_entry = splits.clusters_by_entry(of_entity)
-    return {
+    clusters = {
         sample.key: _clusters_of(entry.entry, sample, of_entity, of_entry)
         for entry in entries.values()
         for sample in entry.samples
     }
+    return clusters, origin
 
 
 def _clusters_of(

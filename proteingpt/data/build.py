@@ -25,6 +25,7 @@ from proteingpt.data.annotations import AnnotationError
 from proteingpt.data.assemble import BuildError, BuildOptions, check_split, write_build
 from proteingpt.data.crew import Crew, cut_batches
 from proteingpt.data.entries import encode_outcome, read_outcome
+from proteingpt.data.fetching import FetchError
 from proteingpt.data.filters import Filters
 from proteingpt.data.open_questions import OpenQuestionsError
 from proteingpt.data.pieces import (
@@ -41,7 +42,6 @@ from proteingpt.data.pieces import (
     write_piece,
 )
 from proteingpt.data.published import PublishedDataError
-from proteingpt.data.rcsb import FetchError
 from proteingpt.data.report import BuildReport, Progress, format_report
 from proteingpt.data.shards import existing_shards, file_sha256, load_tar_writer
 from proteingpt.data.sources import Job, SourceError, Sources, gather
@@ -136,7 +136,7 @@ def _build(
         raise BuildError(f"no structure file in {where}: wanted .cif, .bcif, .pdb or .ent, plain or .gz")
     work = open_work(Path(report.out), report.options)
     report.num_files = gathered.num_files
-    outcomes = _parse(gathered.jobs, options.filters, work, crew, report, progress)
+    outcomes = _parse(gathered.jobs, options, work, crew, report, progress)
     write_build(outcomes, gathered, sources, options, work, report, max_failed_share)
     return report
 
@@ -191,13 +191,16 @@ def _remove_work(out: Path) -> None:
 # --- many entries ---------------------------------------------------------------------------------------------------
 
 
-def parse_batch(batch: list[tuple[str, Job]], filters: Filters, work: Path) -> list[Parsed]:
+def parse_batch(
+    batch: list[tuple[str, Job]], filters: Filters, work: Path, seconds_per_file: float | None = None
+) -> list[Parsed]:
     """Parses (key, job) pairs, keeps their samples as a piece in `work`, and returns what there is of each."""
     who, outcomes = _who(os.environ), []
     try:
         for key, job in batch:
             note_reading(work, who, job.file)
-            outcomes.append(encode_outcome(key, read_outcome(job, filters), job.text.entities))
+            outcome = read_outcome(job, filters, seconds_per_file)
+            outcomes.append(encode_outcome(key, outcome, job.text.entities))
         return write_piece(work, outcomes)
     finally:
         # A full disk or Ctrl-C is no fault of the file: only a process that died leaves its note.
@@ -212,10 +215,10 @@ def _who(environ: Mapping[str, str]) -> str:
 
 
 def _parse(
-    jobs: list[Job], filters: Filters, work: Path, crew: Crew, report: BuildReport, progress: TextIO | None
+    jobs: list[Job], options: BuildOptions, work: Path, crew: Crew, report: BuildReport, progress: TextIO | None
 ) -> list[Parsed]:
     """The outcome of each job, in order: from an earlier start, or parsed by the crew."""
-    keys = [job_key(job, filters) for job in jobs]
+    keys = [job_key(job, options.filters) for job in jobs]
     found = load_pieces(work, keys)
     report.num_continued = len(found)
     meter = Progress(len(jobs), progress, num_done=len(found))
@@ -224,8 +227,9 @@ def _parse(
     for who, file in take_notes(work).items():
         meter.say(f"that build ended while {who} was reading {file}: if it happens again, set the file aside")
     batches = cut_batches([(key, job) for key, job in zip(keys, jobs) if key not in found])
+    call = partial(parse_batch, filters=options.filters, work=work, seconds_per_file=options.seconds_per_file)
     try:
-        for outcomes in crew.run(partial(parse_batch, filters=filters, work=work), batches, first=load_tar_writer):
+        for outcomes in crew.run(call, batches, first=load_tar_writer):
             found |= {outcome.key: outcome for outcome in outcomes}
             meter.advance(len(outcomes), sum(len(outcome.skips) for outcome in outcomes))
     except BrokenProcessPool as error:

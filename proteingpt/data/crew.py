@@ -37,6 +37,8 @@ class Crew:
 
     def __init__(self, executor: Executor | None, num_remote: int, here: bool):
         self.executor, self.num_remote, self.here = executor, num_remote, here
+        # Whoever calls may have children of its own; the pool starts its processes with the first batch.
+        self.strangers = set(multiprocessing.active_children())
         self.processes: set = set()
 
     def run(self, call: Callable, batches: list, first: Callable | None = None) -> Iterator:
@@ -47,7 +49,7 @@ class Crew:
             while waiting or running:
                 while waiting and len(running) < 2 * self.num_remote:
                     running.add(self.executor.submit(call, waiting.popleft()))
-                    self.processes |= set(multiprocessing.active_children())
+                    self.processes |= set(multiprocessing.active_children()) - self.strangers
                 if running and first is not None:
                     first()
                     first = None

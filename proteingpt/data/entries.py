@@ -6,13 +6,14 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from proteingpt.data.filters import Filters, Skip, refuse_chain, wanted_chains
+from proteingpt.data.filters import STEPS, Filters, Skip, refuse_chain, wanted_chains
 from proteingpt.data.pieces import Parsed, Stored
 from proteingpt.data.published import PublishedDataError, PublishedText, published_samples, read_embedding
 from proteingpt.data.questions import closed_questions, describe
 from proteingpt.data.shards import EncodedSample, encode_sample, file_sha256
 from proteingpt.data.sources import Job, Text, merge_facts
 from proteingpt.data.structure import StructureError, read_entry
+from proteingpt.data.time_limit import OutOfTime, time_limit
 from proteingpt.protein import UNKNOWN_RESIDUE, Facts, Protein, Sample, Turn
 
 
@@ -29,15 +30,16 @@ class Outcome:
 
 
 # What makes another file of the entry worth a try: it is no fault of the entry.
-FAILED_READING = ("unreadable", "reader failed")
+FAILED_READING = dict(STEPS)["is readable"]
 
 
-def read_outcome(job: Job, filters: Filters) -> Outcome:
-    """Everything an entry gives, by the first of its files that can be read. Never raises for what the files hold."""
+def read_outcome(job: Job, filters: Filters, seconds_per_file: float | None = None) -> Outcome:
+    """Everything an entry gives, by the first of its files that can be read, each within so many seconds. Never raises
+    for what the files hold."""
     files = ((job.path, job.file), *job.others)
     outcomes = []
     for path, file in files:
-        outcomes.append(_read_file(dataclasses.replace(job, path=path, file=file), filters))
+        outcomes.append(_read_file(dataclasses.replace(job, path=path, file=file), filters, seconds_per_file))
         if not any(skip.reason in FAILED_READING for skip in outcomes[-1].skips):
             break
     else:
@@ -58,15 +60,26 @@ def _duplicate(file: str, entry: str, detail: str) -> Skip:
     return Skip(file, entry, "", "duplicate", detail)
 
 
-def _read_file(job: Job, filters: Filters) -> Outcome:
+def _read_file(job: Job, filters: Filters, seconds: float | None) -> Outcome:
     """What the job's own file gives; what is wrong with it becomes a skip."""
     try:
-        return _read_embedding(job) if job.path.suffix == ".pt" else _read_chains(job, filters)
+        with time_limit(seconds):
+            return _read_embedding(job) if job.path.suffix == ".pt" else _read_chains(job, filters)
+    except OutOfTime:
+        return _nothing(job, job.name, "too slow", f"not read within {seconds:g} s: raise --seconds_per_file")
     except (StructureError, PublishedDataError, OSError) as error:
-        return _nothing(job, job.name, "unreadable", _without_path(error, job.path))
+        reason = "read error" if is_of_the_system(error) else "unreadable"
+        return _nothing(job, job.name, reason, _without_path(error, job.path))
     except Exception as error:
         # One file in a hundred thousand that our reader does not survive must not cost the build; it is named instead.
         return _nothing(job, job.name, "reader failed", f"{type(error).__name__}: {error}")
+
+
+def is_of_the_system(error: Exception) -> bool:
+    """Whether disk, permissions or memory made reading fail, rather than what the file holds. gzip's own errors are
+    OSErrors too, but bear no number."""
+    causes = (error, error.__cause__)
+    return any(isinstance(e, MemoryError) or isinstance(e, OSError) and e.errno is not None for e in causes)
 
 
 def _nothing(job: Job, entry: str, reason: str, detail: str) -> Outcome:

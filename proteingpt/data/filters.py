@@ -18,7 +18,7 @@ STEPS = (
     ("has an abstract", ("no abstract",)),
     ("stands in the given split", ("not in the split",)),
     ("could be fetched", ("not fetched",)),
-    ("is readable", ("unreadable", "reader failed")),
+    ("is readable", ("unreadable", "reader failed", "read error", "too slow")),
     ("has the wanted chain", ("no protein chain", "no such protein chain")),
     ("has a backbone", ("chain unusable", "no standard residue", "no backbone")),
     ("no non-coding letters", ("non-coding letters",)),
@@ -29,6 +29,8 @@ STEPS = (
     ("has a usable key", ("bad key",)),
 )
 STEP_OF = {reason: number for number, (_, reasons) in enumerate(STEPS) for reason in reasons}
+# No fault of the file, and perhaps gone by the next start of a build, which therefore reads it again.
+PASSING = frozenset(["read error", "too slow"])
 
 # Left out because the user asked for it; every other skip counts towards max_failed_share.
 ASKED_FOR = frozenset(

@@ -21,7 +21,7 @@ from pathlib import Path
 from proteingpt.data.published import read_texts
 from proteingpt.data.shards import ShardSet, read_manifest
 from proteingpt.endpoint import Form, InvalidAnswer, Tokens
-from proteingpt.protein import Turn
+from proteingpt.protein import Turn, short_id
 
 DEFAULT_PROMPT = Path(__file__).with_name("open_questions_prompt.txt")
 PLACEHOLDERS = ("abstract", "facts", "num_questions")
@@ -175,7 +175,7 @@ def _shard_subjects(directory: Path) -> Iterator[Subject]:
                 sample = shards.read(i)
                 if sample.description.strip():
                     facts = format_facts(sample.metadata.get("facts") or {})
-                    yield Subject(sample.protein.id.lower(), sample.description.strip(), facts)
+                    yield Subject(short_id(sample.protein.id), sample.description.strip(), facts)
 
 
 def cache_key(subject: Subject, options: Options) -> str:
@@ -287,7 +287,7 @@ def read_generated(path: str | Path) -> dict[str, tuple[Turn, ...]]:
     if not file.is_file():
         raise OpenQuestionsError(f"no generated questions in {path}: make them with python launch/open_questions.py")
     records, _ = read_records(file)
-    last = {record["id"]: record for record in records if record["status"] in (DONE, INVALID)}
+    last = {short_id(record["id"]): record for record in records if record["status"] in (DONE, INVALID)}
     return {entry: turns_of(record) for entry, record in last.items() if record["status"] == DONE}
 
 

@@ -1,4 +1,4 @@
-"""The run that asks for open questions: what is asked about whom, several requests in flight, and what it did.
+"""The run that asks for open questions: several requests in flight, what became of each, and what it did.
 
 Each protein is written when it is finished, and all that a run takes is bounded before it is sent; so a run may end at
 any point, by Ctrl-C, a kill or the budget, and the same command goes on.
@@ -6,7 +6,6 @@ any point, by Ctrl-C, a kill or the budget, and the same command goes on.
 
 import contextlib
 import io
-import os
 import signal
 import threading
 import time
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import TextIO
 
 from proteingpt.data.open_questions import (
-    DEFAULT_PROMPT,
     DONE,
     FAILED,
     INVALID,
@@ -27,22 +25,14 @@ from proteingpt.data.open_questions import (
     Options,
     Subject,
     append,
-    cache_key,
-    fill_prompt,
-    leaked_id,
     open_output,
     output_file,
     parse_answer,
-    read_prompt,
-    read_records,
-    read_subjects,
     turns_of,
 )
+from proteingpt.data.open_questions_plan import Job, check_budget, plan_jobs, prompt_of, spent_usd
 from proteingpt.endpoint import (
-    BYTES_PER_TOKEN,
-    DEFAULT_KEY_VARIABLE,
     Client,
-    Dialect,
     Endpoint,
     EndpointError,
     InvalidAnswer,
@@ -52,27 +42,10 @@ from proteingpt.endpoint import (
     RequestFailed,
     Stopped,
     Tokens,
-    estimate_tokens,
-    make_prices,
-    make_usd,
-    read_key,
-    request_body,
 )
 from proteingpt.protein import Turn
 
 ANSWER_ATTEMPTS = 3  # requests for one protein until an answer is valid
-
-
-@dataclass(frozen=True)
-class Job:
-    """One question to the model: all subjects whose cache key is the same."""
-
-    key: str
-    subjects: tuple[Subject, ...]
-
-    @property
-    def ids(self) -> list[str]:
-        return [subject.id for subject in self.subjects]
 
 
 @dataclass(frozen=True)
@@ -105,78 +78,6 @@ class Summary:
     max_usd: Decimal | None = None
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """What a run would take at most, if every first answer is valid."""
-
-    num_subjects: int
-    num_cached: int
-    num_requests: int
-    tokens: Tokens
-    usd: Decimal | None
-    spent_usd: Decimal | None
-
-
-def check_budget(prices: Prices | None, max_usd: Decimal | None) -> None:
-    if max_usd is not None and prices is None:
-        raise OpenQuestionsError("--max-usd needs the prices: give --usd-per-1k-input and --usd-per-1k-output")
-
-
-def plan_jobs(
-    subjects: Iterable[Subject], options: Options, records: Iterable[dict], retry_set_aside: bool = False
-) -> tuple[list[Job], list[tuple[Subject, dict]], int]:
-    """(jobs, answers to copy, number of subjects that need nothing).
-
-    A subject needs nothing where its own last line was made from the same content. Where another entry's line was, that
-    line is its answer too, unless a question names this entry's id. Pure. Raises OpenQuestionsError for an id that
-    occurs twice.
-    """
-    settled = (DONE,) if retry_set_aside else (DONE, INVALID)
-    last: dict[str, dict] = {}
-    by_key: dict[str, dict] = {}
-    for record in records:
-        if record["status"] in settled:
-            last[record["id"]] = record
-            if record["status"] == DONE:
-                by_key[record["key"]] = record
-    groups: dict[str, list[Subject]] = {}
-    copies, num_cached, seen = [], 0, set()
-    for subject in subjects:
-        if subject.id in seen:
-            raise OpenQuestionsError(f"the entry {subject.id} occurs twice")
-        seen.add(subject.id)
-        key = cache_key(subject, options)
-        known = by_key.get(key)
-        if last.get(subject.id, {}).get("key") == key:
-            num_cached += 1
-        elif known is not None and not leaked_id(turns_of(known), [subject.id]):
-            copies.append((subject, known))
-        else:
-            groups.setdefault(key, []).append(subject)
-    return [Job(key, tuple(group)) for key, group in groups.items()], copies, num_cached
-
-
-def estimate(
-    subjects: Iterable[Subject],
-    out: str | Path,
-    options: Options,
-    prices: Prices | None = None,
-    *,
-    retry_set_aside: bool = False,
-) -> Estimate:
-    """What `generate` would ask and spend. Makes no request and writes nothing."""
-    subjects = list(subjects)
-    path = output_file(out)
-    records = read_records(path)[0] if path.is_file() else []
-    jobs, copies, num_cached = plan_jobs(subjects, options, records, retry_set_aside)
-    tokens = Tokens()
-    for job in jobs:
-        body = request_body(options.form, _prompt_of(job, options), Dialect())
-        tokens += estimate_tokens(body, options.max_output_tokens)
-    usd, spent = (prices.cost(tokens), _spent_usd(records, prices)) if prices else (None, None)
-    return Estimate(len(subjects), num_cached + len(copies), len(jobs), tokens, usd, spent)
-
-
 def generate(
     subjects: Iterable[Subject],
     out: str | Path,
@@ -205,7 +106,7 @@ def generate(
     subjects = list(subjects)
     path = output_file(out)
     with open_output(path) as (file, records):
-        earlier = _spent_usd(records, prices)
+        earlier = spent_usd(records, prices)
         ledger = Ledger(prices, max_usd, earlier)
         jobs, copies, num_cached = plan_jobs(subjects, options, records, retry_set_aside)
         copied = [_record(s, known["key"], options, Outcome(DONE, turns_of(known)), prices) for s, known in copies]
@@ -300,7 +201,7 @@ def _ask(job: Job, client: Client, options: Options) -> Outcome:
 
 
 def _ask_until_valid(job: Job, client: Client, options: Options, taken: list[Tokens]) -> Outcome:
-    prompt = _prompt_of(job, options)
+    prompt = prompt_of(job, options)
     reason = ""
     try:
         for _ in range(ANSWER_ATTEMPTS):
@@ -337,10 +238,6 @@ def _take(
         summary.set_aside |= dict.fromkeys(job.ids, outcome.reason)
 
 
-def _prompt_of(job: Job, options: Options) -> str:
-    return fill_prompt(options.prompt, job.subjects[0], options.num_questions)
-
-
 def _record(subject: Subject, key: str, options: Options, outcome: Outcome, prices: Prices | None) -> dict:
     return {
         "id": subject.id,
@@ -353,17 +250,6 @@ def _record(subject: Subject, key: str, options: Options, outcome: Outcome, pric
         "output_tokens": outcome.tokens.output,
         "usd": None if prices is None else str(prices.cost(outcome.tokens)),
     }
-
-
-def _spent_usd(records: Iterable[dict], prices: Prices | None) -> Decimal:
-    """What the lines of a file have cost; where no price was known then, at the prices of now."""
-    spent = Decimal(0)
-    for record in records:
-        if record["usd"] is not None:
-            spent += Decimal(record["usd"])
-        elif prices is not None:
-            spent += prices.cost(Tokens(record["input_tokens"], record["output_tokens"]))
-    return spent
 
 
 class _Progress:
@@ -388,98 +274,3 @@ class _Progress:
             file=self.stream,
             flush=True,
         )
-
-
-def format_estimate(found: Estimate) -> str:
-    """What a dry run says."""
-    lines = [
-        f"{found.num_subjects} proteins, {found.num_cached} of them answered already, "
-        f"{found.num_requests} requests to make",
-        f"input: about {found.tokens.input} tokens ({BYTES_PER_TOKEN} bytes of a request count as one); "
-        f"output: at most {found.tokens.output} tokens",
-    ]
-    if found.usd is None:
-        lines.append("for an estimate in USD give --usd-per-1k-input and --usd-per-1k-output")
-    else:
-        lines.append(
-            f"about {found.usd:.4f} USD at most, if every first answer is valid; "
-            f"{found.spent_usd:.4f} USD spent on this output so far"
-        )
-    return "\n".join([*lines, "dry run: no request was made, nothing was written"])
-
-
-def format_summary(summary: Summary) -> str:
-    """What a run says at its end: the counts, what was set aside and why, what is left, and what to type next."""
-    money = ""
-    if summary.usd is not None:
-        money = f", {summary.usd:.4f} USD ({summary.total_usd:.4f} USD for this output in all)"
-    lines = [
-        f"{summary.num_subjects} proteins: {summary.num_cached} answered already, {summary.num_done} answered now with "
-        f"{summary.num_pairs} questions, {len(summary.set_aside)} set aside, {summary.num_left} left",
-        f"{summary.num_requests} requests, {summary.tokens.input} input and {summary.tokens.output} output tokens"
-        + money,
-    ]
-    lines += [f"  set aside {entry}: {reason}" for entry, reason in list(summary.set_aside.items())[:10]]
-    if len(summary.set_aside) > 10:
-        lines.append(f"  and {len(summary.set_aside) - 10} more, each with its reason in {summary.out}")
-    if summary.num_left:
-        lines.append(
-            f"stopped before --max-usd {summary.max_usd} would be exceeded: {summary.num_left} proteins are left; "
-            "the same command with a larger --max-usd goes on"
-        )
-    lines.append(f"next: python launch/build_shards.py ... --qa {summary.out}")
-    return "\n".join(lines)
-
-
-def run(
-    *,
-    data: Path | None,
-    abstracts: Path | None,
-    qa_endpoint: str | None,
-    model: str,
-    out: Path,
-    key_variable: str | None = None,
-    prompt: Path = DEFAULT_PROMPT,
-    questions_per_protein: int = 5,
-    max_output_tokens: int | None = None,
-    max_usd: str | None = None,
-    usd_per_1k_input: str | None = None,
-    usd_per_1k_output: str | None = None,
-    workers: int = 8,
-    timeout_seconds: float = 120.0,
-    retries: int = 5,
-    backoff_seconds: float = 1.0,
-    max_failures_in_a_row: int = 20,
-    retry_set_aside: bool = False,
-    dry_run: bool = False,
-    progress: TextIO | None = None,
-) -> str:
-    """The command launch/open_questions.py, settings checked before anything is read; returns what it prints."""
-    if max_output_tokens is None:
-        # A question with its answer takes 60 to 150 tokens.
-        max_output_tokens = 100 + 200 * questions_per_protein
-    options = Options(model, read_prompt(prompt), questions_per_protein, max_output_tokens)
-    prices = make_prices(usd_per_1k_input, usd_per_1k_output)
-    budget = None if max_usd is None else make_usd(max_usd, "--max-usd")
-    check_budget(prices, budget)
-    if dry_run:
-        subjects = read_subjects(data=data, abstracts=abstracts)
-        return format_estimate(estimate(subjects, out, options, prices, retry_set_aside=retry_set_aside))
-    if qa_endpoint is None:
-        raise OpenQuestionsError("give --qa-endpoint, as in https://api.openai.com/v1, or --dry-run")
-    variable = key_variable or DEFAULT_KEY_VARIABLE
-    key = read_key(key_variable, os.environ)
-    endpoint = Endpoint(qa_endpoint, key, variable, timeout_seconds, retries, backoff_seconds)
-    summary = generate(
-        read_subjects(data=data, abstracts=abstracts),
-        out,
-        endpoint,
-        options,
-        prices=prices,
-        max_usd=budget,
-        workers=workers,
-        max_failures_in_a_row=max_failures_in_a_row,
-        retry_set_aside=retry_set_aside,
-        progress=progress,
-    )
-    return format_summary(summary)

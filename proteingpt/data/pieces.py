@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
-from proteingpt.data.filters import Filters, Skip
+from proteingpt.data.filters import PASSING, Filters, Skip
 from proteingpt.data.shards import FIELDS, EncodedSample, program_versions, replacing
 from proteingpt.data.sources import Job
 
@@ -98,17 +98,22 @@ def write_piece(work: Path, outcomes: Iterable[tuple[Parsed, list[tuple[EncodedS
 
 
 def load_pieces(work: Path, wanted: Iterable[str]) -> dict[str, Parsed]:
-    """{job key: outcome} of every whole piece that holds one of the wanted keys; the others are removed."""
+    """{job key: outcome} of every whole piece that holds one of the wanted keys; the others are removed. What a disk or
+    a time limit kept from being read is not among them."""
     wanted, found = set(wanted), {}
     for path in sorted(work.glob("*.json")):
         if path.name == OPTIONS_NAME:
             continue
-        outcomes = [parsed for parsed in _load_piece(path) if parsed.key in wanted]
+        outcomes = [parsed for parsed in _load_piece(path) if parsed.key in wanted and _is_final(parsed)]
         found |= {parsed.key: parsed for parsed in outcomes}
         if not outcomes:
             path.unlink()
             path.with_suffix(".data").unlink(missing_ok=True)
     return found
+
+
+def _is_final(parsed: Parsed) -> bool:
+    return not any(skip.reason in PASSING for skip in parsed.skips)
 
 
 def _load_piece(path: Path) -> list[Parsed]:

@@ -17,7 +17,8 @@ from typing import NoReturn
 
 import numpy as np
 
-from proteingpt.protein import ENCODER_EXTRA_ROWS, UNKNOWN_RESIDUE, Protein, Sample, Turn
+from proteingpt.data.plain_text import plain_text
+from proteingpt.protein import ENCODER_EXTRA_ROWS, UNKNOWN_RESIDUE, Protein, Sample, Turn, short_id
 
 # Width of ESM-IF1's encoder output, whose rows the `.pt` files hold.
 EMBEDDING_WIDTH = 512
@@ -124,7 +125,8 @@ def _read_abstracts(path: Path, descriptions: dict[str, str], report: Report | N
             entry = _entry_id(fields["pdb_id"], f"{path}, item {number}")
             if entry in descriptions:
                 raise PublishedDataError(f"{path}, entry {entry!r}: has a second caption, in item {number}")
-            descriptions[entry] = _text(fields["caption"], f"{path}, entry {entry!r}, caption")
+            where = f"{path}, entry {entry!r}, caption"
+            descriptions[entry] = _text(plain_text(_text(fields["caption"], where)), where)
 
 
 def _split_ids(path: Path, name: str, ids, report: Report | None) -> dict[str, None]:
@@ -203,7 +205,7 @@ def _text(value, where: str) -> str:
 def _entry_id(value, where) -> str:
     if not isinstance(value, str) or not ENTRY_ID.fullmatch(value.removesuffix(".pt")):
         raise PublishedDataError(f"{where}: {value!r} is no entry id, wanted one as in 1cbs")
-    return value.removesuffix(".pt").lower()
+    return short_id(value.removesuffix(".pt"))
 
 
 def _kind(value) -> str:
@@ -288,7 +290,7 @@ def embedding_files(folder: str | Path) -> dict[str, Path]:
     for path in paths:
         if not ENTRY_ID.fullmatch(path.stem) or path.stem != path.stem.lower():
             raise PublishedDataError(f"{path}: the name is no entry id in lower case, wanted one as in 1cbs.pt")
-    return {path.stem: path for path in paths}
+    return {short_id(path.stem): path for path in paths}
 
 
 def read_embeddings(folder: str | Path, *, report: Report | None = None) -> Iterator[tuple[str, np.ndarray]]:

@@ -1,24 +1,15 @@
 """RCSB's archive and AlphaFold DB over HTTP, behind a cache on disk: structures, facts, abstracts, sequence clusters.
 
-What is cached is never asked for again; a file is checked, written aside and renamed, so a kill at any point leaves
-whole files only. Passing failures are tried again with growing waits; a 404 is remembered with its reason.
-Chosen: the standard library, and the Data API's own JSON as the form of the cache, so that a mirror of it needs no
-network and a better reading of it no download. Given up: connections kept alive, and going on in the middle of a file.
+What is cached is never asked for again; a 404 is remembered with its reason. Chosen: the Data API's own JSON as the
+form of the cache, so that a mirror of it needs no network and a better reading of it no download.
 """
 
 import contextlib
 import functools
-import itertools
 import json
-import os
 import re
 import shutil
-import socket
-import threading
-import time
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,29 +19,23 @@ from proteingpt.data.annotations import (
     AnnotationError,
     annotation_from_rcsb,
     entry_id,
-    parse_clusters,
     place,
     read_annotation,
     removal_from_rcsb,
 )
+from proteingpt.data.fetching import Fetcher, FetchError, NotFound, in_parallel
 from proteingpt.data.rcsb_answers import (
     receive_entries,
     receive_ids,
     receive_json,
-    refusal,
     search_for_entries,
     text_like,
     whole_gzip,
 )
 from proteingpt.data.structure.fact_texts import DAY
-from proteingpt.web import Failure, backoff, read_chunks, send
-
-USER_AGENT = "proteingpt (ProteinGPT data set builder; python-urllib)"
 
 # The sequence identities, in percent, for which RCSB publishes a file of clusters.
 CLUSTER_IDENTITIES = (30, 40, 50, 70, 90, 95, 100)
-
-MAX_BACKOFF_SECONDS = 60.0
 
 # So many downloads failing one after the other mean that the server is down, not that a file is bad.
 MAX_FAILURES_IN_A_ROW = 20
@@ -59,23 +44,6 @@ _GONE_STATUS = {404, 410}
 
 # UniProt's own pattern of an accession.
 _ACCESSION = re.compile(r"[OPQ][0-9][A-Z0-9]{3}[0-9]|[A-NR-Z][0-9](?:[A-Z][A-Z0-9]{2}[0-9]){1,2}")
-
-
-class FetchError(ValueError):
-    """Something could not be fetched: names the address, how often it was tried and the last reason.
-
-    status: the HTTP status of the last try, None where there was no answer. kind: `too large`, `timeout` or `errors`
-    (GraphQL) where asking for less at once may help, else an empty string.
-    """
-
-    def __init__(self, url: str, tries: int, reason: str, status: int | None = None, kind: str = ""):
-        num_tries = "1 try" if tries == 1 else f"{tries} tries"
-        super().__init__(f"{url}: {reason} ({num_tries}); what was fetched before is kept, so start again to go on")
-        self.url, self.tries, self.reason, self.status, self.kind = url, tries, reason, status, kind
-
-
-class NotFound(FetchError):
-    """The server has no such thing. Remembered in the cache, so tries is 0 when it was known before."""
 
 
 @dataclass(frozen=True)
@@ -100,31 +68,6 @@ class Addresses:
             object.__setattr__(self, name, address.rstrip("/"))
 
 
-class RateLimit:
-    """At most so many starts per second, over all threads: each takes the next free moment and sleeps until then."""
-
-    def __init__(self, per_second: float, clock: Callable[[], float] = time.monotonic, sleep=time.sleep):
-        self._interval, self._clock, self._sleep = 1.0 / per_second, clock, sleep
-        self._next = clock()
-        self._lock = threading.Lock()
-
-    def wait(self) -> None:
-        with self._lock:
-            now = self._clock()
-            start = max(now, self._next)
-            self._next = start + self._interval
-        if start > now:
-            self._sleep(start - now)
-
-    def hold(self, seconds: float) -> None:
-        """Nobody starts within so many seconds."""
-        with self._lock:
-            self._next = max(self._next, self._clock() + seconds)
-
-
-# ------------------------------------------------------------------------------------------------------ the client
-
-
 class Client:
     """Fetches into a cache. Safe to use from several threads, and by several processes on one cache.
 
@@ -132,42 +75,17 @@ class Client:
     cache/annotations/ab/1abc.json      one entry of the Data API's answer; `read_annotations` reads this
     cache/alphafold/37/AF-P29373-F1-model_v6.cif, cache/clusters/*.txt, cache/entry_ids*.json
     cache/missing/KIND/ab/1abc.json     what the servers said they have not, and why
-    cache/partial/                      what is being written
 
-    retries: tries after the first one. timeout: seconds without a byte. total_seconds: for one file or question, over
-    all its tries and waits. backoff_seconds: the first wait, doubled each time, times 0.5 to 1 drawn by `seed`.
-    batch_size: entries asked about at once. sleep: called with the seconds of every wait.
+    batch_size: entries asked about at once. limits: settings of fetching.Fetcher.
     """
 
-    def __init__(
-        self,
-        cache: str | Path,
-        addresses: Addresses = Addresses(),
-        *,
-        requests_per_second: float = 10.0,
-        retries: int = 6,
-        timeout: float = 60.0,
-        total_seconds: float = 1800.0,
-        backoff_seconds: float = 1.0,
-        batch_size: int = 200,
-        max_bytes: int = 1 << 30,
-        seed: int = 0,
-        sleep: Callable[[float], None] = time.sleep,
-    ):
-        limits = dict(requests_per_second=requests_per_second, timeout=timeout, total_seconds=total_seconds)
-        for name, value in dict(limits, batch_size=batch_size, max_bytes=max_bytes).items():
-            if not value > 0:
-                raise ValueError(f"{name} is {value}, wanted more than 0")
-        if retries < 0 or backoff_seconds < 0:
-            raise ValueError(f"retries is {retries}, backoff_seconds {backoff_seconds}; wanted 0 or more")
+    def __init__(self, cache: str | Path, addresses: Addresses = Addresses(), *, batch_size: int = 200, **limits):
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}, wanted more than 0")
         self.cache, self.addresses = Path(cache), addresses
-        self.retries, self.timeout, self.total_seconds = retries, timeout, total_seconds
-        self.backoff_seconds, self.max_bytes, self.seed = backoff_seconds, max_bytes, seed
+        self._fetcher = Fetcher(self.cache, **limits)
         self._batch_size = batch_size
-        self._sleep = sleep
-        self._limit = RateLimit(requests_per_second, sleep=sleep)
         self._failed: dict[str, str] = {}
-        self._remove_stale_partials()
 
     # What can be fetched
 
@@ -182,10 +100,10 @@ class Client:
         path = self.cache / (f"entry_ids-{released_until}.json" if released_until else "entry_ids.json")
         if not path.is_file():
             url = f"{self.addresses.search}/rcsbsearch/v2/query"
-            found = self._request(url, receive_ids, _json_bytes(search_for_entries(released_until)))
+            found = self._fetcher.request(url, receive_ids, _json_bytes(search_for_entries(released_until)))
             if not found:
                 return []  # nothing worth keeping
-            self._write(path, _json_bytes(sorted(map(entry_id, found))))
+            self._fetcher.write(path, _json_bytes(sorted(map(entry_id, found))))
         return json.loads(path.read_bytes())
 
     def fetch_structure(self, pdb_id: str) -> Path:
@@ -197,7 +115,7 @@ class Client:
         url = f"{self.addresses.files}/{name}.bcif.gz"
         self._refuse_known_missing("structures", name, url)
         try:
-            self._download(url, path, whole_gzip)
+            self._fetcher.download(url, path, whole_gzip)
         except FetchError as error:
             if error.status not in _GONE_STATUS:
                 raise
@@ -224,7 +142,7 @@ class Client:
         not being there: then the server is in trouble, and another start goes on from here.
         """
         reasons, in_a_row = {}, 0
-        for name, future in _in_parallel(self.fetch_structure, dict.fromkeys(map(entry_id, ids)), num_threads):
+        for name, future in in_parallel(self.fetch_structure, dict.fromkeys(map(entry_id, ids)), num_threads):
             try:
                 future.result()
                 in_a_row = 0
@@ -250,14 +168,14 @@ class Client:
         annotations = {name: found for name in wanted if (found := self._cached_annotation(name)) is not None}
         todo = [n for n in wanted if n not in annotations and self._known_reason("annotations", n) is None]
         batches = [tuple(todo[i : i + self._batch_size]) for i in range(0, len(todo), self._batch_size)]
-        for batch, future in _in_parallel(self._fetch_batch, batches, num_threads):
+        for batch, future in in_parallel(self._fetch_batch, batches, num_threads):
             annotations |= future.result()
             for name in batch if progress is not None else ():
                 progress(name, name in annotations)
         return {name: annotations[name] for name in wanted if name in annotations}
 
-    def fetch_clusters(self, identity: int = 30) -> dict[str, int]:
-        """{`1ABC_1`: number of its cluster} at that percentage of sequence identity. Raises FetchError.
+    def fetch_clusters(self, identity: int = 30) -> Path:
+        """The path of the file of clusters at that percentage of sequence identity. Raises FetchError.
 
         RCSB renews the file every week; the cache keeps the first one, and deleting it fetches anew.
         """
@@ -266,9 +184,8 @@ class Client:
         path = self.cache / "clusters" / f"clusters-by-entity-{identity}.txt"
         if not path.is_file():
             check = functools.partial(text_like, rb"\w+_\d+[ \r\n]")
-            self._download(f"{self.addresses.clusters}/{path.name}", path, check)
-        with open(path, encoding="ascii") as lines:
-            return parse_clusters(lines)
+            self._fetcher.download(f"{self.addresses.clusters}/{path.name}", path, check)
+        return path
 
     def fetch_alphafold(self, accession: str) -> Path:
         """The path of AlphaFold DB's newest mmCIF model of a UniProt accession. Raises NotFound or FetchError."""
@@ -282,10 +199,10 @@ class Client:
         url = f"{self.addresses.alphafold}/api/prediction/{name}"
         self._refuse_known_missing("alphafold", name, url)
         try:
-            version = _latest_version(url, self._request(url, receive_json), name)
+            version = _latest_version(url, self._fetcher.request(url, receive_json), name)
             path = folder / f"AF-{name}-F1-model_v{version}.cif"
             check = functools.partial(text_like, rb"(#[^\n]*\n|\s)*data_")
-            self._download(f"{self.addresses.alphafold}/files/{path.name}", path, check)
+            self._fetcher.download(f"{self.addresses.alphafold}/files/{path.name}", path, check)
         except FetchError as error:
             if error.status not in _GONE_STATUS:
                 raise
@@ -323,7 +240,7 @@ class Client:
         url = f"{self.addresses.data}/graphql"
         body = _json_bytes({"query": ENTRY_QUERY, "variables": {"ids": [name.upper() for name in names]}})
         try:
-            entries = self._request(url, receive_entries, body, patient=len(names) == 1)
+            entries = self._fetcher.request(url, receive_entries, body, patient=len(names) == 1)
         except FetchError as error:
             if error.kind and len(names) > 1:
                 if error.kind != "errors":
@@ -353,7 +270,7 @@ class Client:
             except AnnotationError as error:
                 self._failed[name] = str(error)
                 continue
-            self._write(place(self.cache / "annotations", name, ".json"), _json_bytes(by_name[name]))
+            self._fetcher.write(place(self.cache / "annotations", name, ".json"), _json_bytes(by_name[name]))
         return annotations
 
     # What is not there
@@ -362,7 +279,7 @@ class Client:
         """RCSB knows the entries it removed; whatever else happens, the reason stays the one we have."""
         try:
             url = f"{self.addresses.data}/rest/v1/holdings/removed/{name.upper()}"
-            return removal_from_rcsb(self._request(url, receive_json))
+            return removal_from_rcsb(self._fetcher.request(url, receive_json))
         except (FetchError, AnnotationError):
             return f"RCSB has no such entry: {reason}"
 
@@ -379,94 +296,8 @@ class Client:
 
     def _missing_now(self, kind: str, name: str, error: FetchError, reason: str) -> NotFound:
         record = {"id": name, "url": error.url, "reason": reason}
-        self._write(place(self.cache / "missing" / kind, name, ".json"), _json_bytes(record))
+        self._fetcher.write(place(self.cache / "missing" / kind, name, ".json"), _json_bytes(record))
         return NotFound(error.url, error.tries, reason, error.status)
-
-    # Requests
-
-    def _request(self, url: str, receive: Callable, body: bytes | None = None, patient: bool = True):
-        """What `receive` makes of the body's chunks; None for an answer without content. Raises FetchError.
-
-        patient: False gives up at once where asking for less may help.
-        """
-        self._limit.wait()
-        deadline = time.monotonic() + self.total_seconds
-        for tries in itertools.count(1):
-            try:
-                return self._try(url, receive, body, deadline)
-            except Failure as failure:
-                last, reason = failure, failure.reason
-            pause = max(last.retry_after, self._backoff(url, tries))
-            if not last.passing or tries > self.retries or (not patient and last.kind in ("timeout", "too large")):
-                break
-            if time.monotonic() + pause > deadline:
-                reason += f", and the next try in {pause:.0f} s would exceed the {self.total_seconds:.0f} s in all"
-                break
-            # What the server asked for holds for every thread; our own wait for this file only.
-            (self._limit.hold if last.retry_after else self._sleep)(pause)
-            self._limit.wait()
-        raise FetchError(url, tries, reason, last.status, last.kind) from last
-
-    def _backoff(self, url: str, tries: int) -> float:
-        return backoff(self.backoff_seconds, tries, MAX_BACKOFF_SECONDS, (self.seed, zlib.crc32(url.encode())))
-
-    def _try(self, url: str, receive: Callable, body: bytes | None, deadline: float):
-        headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity"}
-        if body is not None:
-            headers["Content-Type"] = "application/json"
-        with send(url, body, headers, self.timeout) as response:
-            if not 200 <= response.status < 300:
-                raise refusal(response)
-            return None if response.status == 204 else receive(read_chunks(response, self.max_bytes, deadline))
-
-    def _download(self, url: str, path: Path, check: Callable[[Iterable[bytes]], Iterator[bytes]]) -> None:
-        self._request(url, lambda chunks: self._save(path, check(chunks)))
-
-    # Files
-
-    def _save(self, path: Path, chunks: Iterable[bytes]) -> None:
-        """Writes aside, and gives the file its name when all chunks have come and been found good."""
-        partial = self._partial_folder / f"{self._partial_prefix}{os.getpid()}-{threading.get_ident()}-{path.name}"
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(partial, "wb") as file:
-                for chunk in chunks:
-                    file.write(chunk)
-                file.flush()
-                os.fsync(file.fileno())
-            path.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-    def _write(self, path: Path, content: bytes) -> None:
-        self._save(path, [content])
-
-    @property
-    def _partial_folder(self) -> Path:
-        return self.cache / "partial"
-
-    @property
-    def _partial_prefix(self) -> str:
-        return f"{socket.gethostname()}-"
-
-    def _remove_stale_partials(self) -> None:
-        """Those of killed processes of this machine; others may be writing here, on this one and elsewhere."""
-        for path in self._partial_folder.glob("*"):
-            pid = path.name.removeprefix(self._partial_prefix).split("-")[0]
-            if path.name.startswith(self._partial_prefix) and pid.isdecimal() and not _is_alive(int(pid)):
-                path.unlink(missing_ok=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass  # somebody else's
-    return True
-
 
 def _json_bytes(value) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
@@ -479,21 +310,3 @@ def _latest_version(url: str, predictions, accession: str) -> int:
             if isinstance(prediction.get("latestVersion"), int):
                 return prediction["latestVersion"]
     raise FetchError(url, 1, "AlphaFold DB's answer has no model of this very accession", status=404)
-
-
-def _in_parallel(function: Callable, items: Iterable, num_threads: int) -> Iterator[tuple[object, Future]]:
-    """(item, its finished future) as they finish, with a few items ahead of the threads, never all of them."""
-    items = iter(items)
-    running: dict[Future, object] = {}
-    with ThreadPoolExecutor(max_workers=num_threads) as pool:
-        try:
-            while True:
-                for item in itertools.islice(items, max(0, 2 * num_threads - len(running))):
-                    running[pool.submit(function, item)] = item
-                if not running:
-                    return
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    yield running.pop(future), future
-        finally:
-            for future in running:
-                future.cancel()

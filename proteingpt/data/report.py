@@ -14,7 +14,7 @@ from xml.sax.saxutils import escape
 
 import numpy as np
 
-from proteingpt.data.filters import Skip
+from proteingpt.data.filters import PASSING, Skip
 from proteingpt.data.shards import ShardError, ShardSet, read_manifest, replacing
 
 SKIPPED_NAME = "skipped.tsv"
@@ -97,6 +97,8 @@ def format_report(report: BuildReport) -> str:
         lines.append(f"  {report.num_replaced} damaged files, replaced by another file of their entry")
     lines += format_funnel(report.funnel)
     lines += [f"  skipped, {reason}: {count}" for reason, count in report.skipped_by_reason.items()]
+    if PASSING & report.skipped_by_reason.keys():
+        lines.append(f"  {', '.join(sorted(PASSING))}: no fault of the files; build again with --overwrite")
     lines += [
         f"  {split}: {count} samples of {report.entries[split]} entries" for split, count in report.samples.items()
     ]

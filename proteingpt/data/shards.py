@@ -35,8 +35,8 @@ from proteingpt.protein import Sample
 
 __all__ = [
     "FIELDS", "MANIFEST_NAME", "TEXT_FIELDS", "BadSample", "EncodedSample", "NoSplit", "ShardCache", "ShardError",
-    "ShardSet", "check_key", "encode_sample", "existing_shards", "file_sha256", "find_faults", "program_versions", "read_manifest",
-    "remove_shards", "replacing", "write_shards",
+    "ShardSet", "check_key", "encode_sample", "existing_shards", "file_sha256", "find_faults", "program_versions",
+    "read_manifest", "remove_shards", "replacing", "write_shards",
 ]  # fmt: skip
 
 

@@ -14,18 +14,21 @@ from pathlib import Path
 from typing import TextIO
 
 from proteingpt.data.annotations import Annotation, entry_id, read_annotations
+from proteingpt.data.fetching import FetchError, NotFound
 from proteingpt.data.filters import Skip
 from proteingpt.data.open_questions import read_generated
+from proteingpt.data.plain_text import plain_text
 from proteingpt.data.published import embedding_files, read_split, read_texts
-from proteingpt.data.rcsb import Addresses, Client, FetchError, NotFound
+from proteingpt.data.rcsb import Addresses, Client
 from proteingpt.data.report import Progress
-from proteingpt.data.structure import find_structures
+from proteingpt.data.structure import entry_of, find_structures
 from proteingpt.data.structure.fact_texts import is_day
-from proteingpt.protein import Facts, Turn
+from proteingpt.protein import Facts, Turn, short_id
 
 # Of several files of one entry the first kind is taken: BinaryCIF reads fastest, and entity counts are to be had from
 # mmCIF rather than from the PDB format.
 FORMAT_RANKS = {".bcif": 0, ".cif": 1, ".mmcif": 1, ".pdbx": 1, ".pdb": 2, ".ent": 2}
+
 
 class SourceError(ValueError):
     """A source that is not there, or cannot be used."""
@@ -107,7 +110,7 @@ def gather(sources: Sources, require_abstract: bool, stream: TextIO | None = Non
     texts = _texts(sources, client, ids, stream)
     skips: list[Skip] = []
     if ids:
-        here = {entry_name(path)[0] for path, _ in files}
+        here = {entry_of(path) for path, _ in files}
         wanted = [name for name in ids if name not in here]
         if require_abstract:
             # Before the download: most of what the archive has no abstract for need not be fetched.
@@ -174,23 +177,12 @@ def _is_model(path: Path, alphafold: str | None) -> bool:
     return alphafold is not None and path.is_relative_to(alphafold)
 
 
-def entry_name(path: Path) -> tuple[str, int]:
-    """Entry a file is of, by its name in lower case, and the rank of its format: `pdb1CBS.ent.gz` -> ("1cbs", 2)."""
-    name = path.name.lower().removesuffix(".gz")
-    stem, dot, extension = name.rpartition(".")
-    if not dot:
-        return name, max(FORMAT_RANKS.values())
-    if extension == "ent":
-        stem = stem.removeprefix("pdb")
-    return stem, FORMAT_RANKS.get(f".{extension}", max(FORMAT_RANKS.values()))
-
-
 def rank_files(files: Iterable[tuple[Path, str]]) -> dict[str, list[tuple[Path, str]]]:
     """{entry: its files as (path, name in reports)}: BinaryCIF before mmCIF before PDB, then by name."""
     found: dict[str, list[tuple[int, str, Path]]] = {}
     for path, file in files:
-        name, rank = entry_name(path)
-        found.setdefault(name, []).append((rank, file, path))
+        rank = FORMAT_RANKS.get(Path(path.name.lower().removesuffix(".gz")).suffix, max(FORMAT_RANKS.values()))
+        found.setdefault(entry_of(path), []).append((rank, file, path))
     return {name: [(path, file) for _, file, path in sorted(found[name])] for name in sorted(found)}
 
 
@@ -327,7 +319,7 @@ def _read_abstracts(source: Path | None) -> dict[str, str]:
     abstracts = {}
     for path in paths:
         if path.suffix == ".txt":
-            abstracts[path.stem.lower()] = _read_text(path)
+            abstracts[short_id(path.stem)] = _read_text(path)
         elif path.suffix == ".json" or not source.is_dir():
             abstracts |= {name: text.description for name, text in read_texts(abstracts=path).items()}
     found = {name: text for name, text in abstracts.items() if text}
@@ -337,9 +329,8 @@ def _read_abstracts(source: Path | None) -> dict[str, str]:
 
 
 def _read_text(path: Path) -> str:
-    """On one line."""
     try:
-        return " ".join(path.read_text(encoding="utf-8").split())
+        return plain_text(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"{path}: not a text in UTF-8 ({error}): mend the file or take it away") from error
 

@@ -140,6 +140,12 @@ def require_mmseqs(program: str = "mmseqs") -> None:
         )
 
 
+def name_mmseqs(program: str = "mmseqs") -> str:
+    """The program with its version and what it is asked, so that its clusters can be had again."""
+    version = subprocess.run([program, "version"], capture_output=True, text=True).stdout.strip()
+    return " ".join(("MMseqs2", version, "easy-search", *MMSEQS_OPTIONS, f"coverage {MIN_COVERAGE}"))
+
+
 def cluster_by_mmseqs(sequences: Mapping[str, str], program: str = "mmseqs") -> dict[str, str]:
     """{name: cluster} for {name: sequence}, by the MMseqs2 on PATH: no two clusters hold sequences of 30 % identity.
 

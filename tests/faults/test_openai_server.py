@@ -22,7 +22,8 @@ from proteingpt.data.open_questions import (
     read_generated,
     read_prompt,
 )
-from proteingpt.data.open_questions_run import format_summary, generate
+from proteingpt.data.open_questions_command import format_summary
+from proteingpt.data.open_questions_run import generate
 from proteingpt.endpoint import BYTES_PER_TOKEN, Endpoint, EndpointError, Prices
 
 KEY = "sk-very-secret-0123456789abcdef"

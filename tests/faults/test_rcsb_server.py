@@ -18,7 +18,9 @@ import pytest
 from rcsb_server import Fault, RcsbServer, answer, cut, hang, status, together, truncated
 
 from proteingpt.data.annotations import read_annotations
-from proteingpt.data.rcsb import MAX_FAILURES_IN_A_ROW, Client, FetchError, NotFound
+from proteingpt.data.fetching import FetchError, NotFound
+from proteingpt.data.rcsb import MAX_FAILURES_IN_A_ROW, Client
+from proteingpt.data.splits import read_clusters
 
 FINE = Fault()
 STRUCTURE = gzip.compress(b"".join(i.to_bytes(4, "big") for i in range(20_000)))
@@ -188,7 +190,7 @@ def test_a_fault_of_our_own_disk_is_not_taken_for_one_of_the_server(server, make
 @pytest.mark.parametrize("end", [b"2XYZ_1 3XYZ", b""], ids=["midway", "nothing"])
 def test_a_cluster_file_cut_with_the_right_length_is_tried_again(server, make, end):
     server.fail("/resources/sequence/clusters/clusters-by-entity-30.txt", status(200, end), status(200, b"<html>\n"))
-    assert make().fetch_clusters()["3DEF_1"] == 1
+    assert read_clusters(make().fetch_clusters())["3DEF_1"] == 1
     assert server.count() == 3
 
 

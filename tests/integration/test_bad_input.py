@@ -54,6 +54,16 @@ def test_missing_weights_say_which_file_where_and_from_whence(train, tmp_path, d
     assert "https://dl.fbaipublicfiles.com/fair-esm/models/esm2_t36_3B_UR50D.pt" in said
 
 
+def test_a_tracker_that_cannot_be_had_is_said_before_anything_is_made(train, tmp_path, monkeypatch):
+    """Without its package, or with it and without a key, which it would ask for at the terminal."""
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, said = train("--track", "wandb", "--output", "runs/tracked")
+    assert code == 1 and said.startswith("error: track is 'wandb', but ")
+    assert not (tmp_path / "shards").exists() and not (tmp_path / "runs/tracked/recipe.yaml").exists()
+
+
 def test_an_empty_shard_directory_says_how_to_build_shards(train, tmp_path):
     (tmp_path / "empty").mkdir()
     code, said = train("--data", "empty", "--demo.num_proteins", "20")
@@ -69,7 +79,8 @@ def test_paths_that_a_real_recipe_needs_are_asked_for(train, demo_assets):
 def test_instruct_without_align_says_what_to_train_first(train, demo_assets):
     code, said = train(
         "--recipe", "paper-instruct", "--data", str(demo_assets), "--llm", str(demo_assets / "llm"),
-        "--encoders.esm2", str(demo_assets / "esm2_demo.pt"), "--encoders.esm_if1", str(demo_assets / "esm_if1_demo.pt"),
+        "--encoders.esm2", str(demo_assets / "esm2_demo.pt"),
+        "--encoders.esm_if1", str(demo_assets / "esm_if1_demo.pt"),
     )  # fmt: skip
     assert code == 1
     assert "model.init_from" in said and "runs/paper-align/model" in said and "align" in said
@@ -106,7 +117,11 @@ def test_a_structure_without_the_chain_asked_for_names_the_chains_it_has(demo_as
 
 
 def test_a_truncated_mmcif_is_refused_by_name(tmp_path, capsys):
-    whole = "data_1XYZ\n#\n" + "".join(f"_a{n}.id 1\n#\n" for n in range(9)) + "loop_\n_atom_site.id\n_atom_site.Cartn_x\n1 2.0\n2"
+    whole = (
+        "data_1XYZ\n#\n"
+        + "".join(f"_a{n}.id 1\n#\n" for n in range(9))
+        + "loop_\n_atom_site.id\n_atom_site.Cartn_x\n1 2.0\n2"
+    )
     (tmp_path / "cut.cif").write_text(whole)
     code, said = ask_about(tmp_path / "cut.cif", "A", capsys)
     assert code == 1 and "cut.cif" in said
@@ -124,7 +139,9 @@ def test_a_misspelt_option_is_answered_with_the_nearest(train):
     assert train("--align.epohcs", "3") == (1, "error: --align.epohcs is not an option; did you mean --align.epochs?\n")
 
 
-@pytest.mark.parametrize("content, named", [({"bf16": True}, "bf16"), ({"activation_checkpointing": {}}, "activation_checkpointing")])
+@pytest.mark.parametrize(
+    "content, named", [({"bf16": True}, "bf16"), ({"activation_checkpointing": {}}, "activation_checkpointing")]
+)
 def test_a_json_that_cannot_be_meant_is_refused_before_anything_loads(train, tmp_path, content, named):
     (tmp_path / "ds.json").write_text(json.dumps(content))
     code, said = train("--ds_config", str(tmp_path / "ds.json"))

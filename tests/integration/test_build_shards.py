@@ -79,7 +79,7 @@ def test_the_command_builds_shards_and_says_what_it_left_out(structures, tmp_pat
     assert "deepspeed launch/train.py --ds_config ds_configs/zero2.json --recipe" in last
     assert last.endswith(f"--data {out}")
     assert "8/8 entries" in done.stderr and "3 skipped" in done.stderr
-    keys = sum((ShardSet(out, split).keys for split in ("train", "test")), [])
+    keys = sum((list(ShardSet(out, split).keys) for split in ("train", "test")), [])
     assert sorted(keys) == ["1abc_A", "2abc_A", "3abc_A", "4abc_A", "5abc_A"]
     rows = [line.split("\t") for line in (out / "skipped.tsv").read_text().splitlines()[1:]]
     assert [row[0] for row in rows] == ["6cut.cif", "7txt.pdb", "8chb.pdb"] and all(row[3] and row[4] for row in rows)

@@ -13,10 +13,10 @@ from pathlib import Path
 from proteingpt.data.structure.atoms import StructureError
 from proteingpt.data.structure.cif import read_bcif, read_mmcif
 from proteingpt.data.structure.entry import Entry
-from proteingpt.data.structure.files import STRUCTURE_SUFFIXES, find_structures, kind_of, read_bytes
+from proteingpt.data.structure.files import STRUCTURE_SUFFIXES, entry_of, find_structures, kind_of, read_bytes
 from proteingpt.data.structure.pdb import read_pdb
 
-__all__ = ["STRUCTURE_SUFFIXES", "Entry", "StructureError", "find_structures", "read_entry"]
+__all__ = ["STRUCTURE_SUFFIXES", "Entry", "StructureError", "entry_of", "find_structures", "read_entry"]
 
 
 def read_entry(path: str | Path, data: bytes | None = None, is_model: bool = False) -> Entry:

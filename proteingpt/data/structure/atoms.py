@@ -60,7 +60,10 @@ def check_positions(position: np.ndarray) -> None:
     """Unresolved coordinates are NaN (`?` in mmCIF); infinite or absurd ones are damage."""
     wrong = np.isinf(position) | (np.abs(position) > MAX_COORDINATE)
     if wrong.any():
-        raise StructureError(f"coordinate {position[wrong][0]:g} is beyond reason (over {MAX_COORDINATE:g} angstrom): damaged, fetch it again")
+        raise StructureError(
+            f"coordinate {position[wrong][0]:g} is beyond reason (over {MAX_COORDINATE:g} angstrom): damaged, fetch it "
+            "again"
+        )
 
 
 def group_residues(key: np.ndarray, name: np.ndarray, altloc: np.ndarray) -> tuple[np.ndarray, list[int]]:

@@ -22,9 +22,10 @@ from proteingpt.data.structure.atoms import (
 )
 from proteingpt.data.structure.cif_facts import cif_facts, release_day
 from proteingpt.data.structure.entry import Entry
-from proteingpt.data.structure.files import decode, stem
+from proteingpt.data.structure.files import decode, entry_of
 from proteingpt.data.structure.residues import LETTER_COMPONENTS, is_amino_acid, is_nucleotide, is_peptide
 from proteingpt.data.structure.tables import Tables, bcif_tables, mmcif_tables
+from proteingpt.protein import short_id
 
 
 def read_bcif(data: bytes, path: Path, is_model: bool = False) -> Entry:
@@ -40,7 +41,7 @@ def _entry(tables: Tables, path: Path, is_model: bool) -> Entry:
     polymers = _polymers(tables, with_b_factors=plddt_scale is not None)
     ids = tables.values("entry", "id") or ((tables.name,) if tables.name else ())
     return Entry(
-        id=ids[0].lower() if ids else stem(path),
+        id=short_id(ids[0]) if ids else entry_of(path),
         facts=cif_facts(tables, unique(p.chain for p in polymers), is_predicted=plddt_scale is not None),
         chains=unique(p.chain for p in polymers if p.is_peptide),
         path=path,

@@ -14,7 +14,7 @@ LABEL_PREFIX = "label:"
 class Entry:
     """One parsed structure file.
 
-    id: lower case, from the file, or the stem of the file's name where it does not say.
+    id: as `short_id` gives it, from the file, or by the file's name where it does not say.
     chains: author ids of the polypeptide chains, in file order. A blank chain id of PDB format is `_`.
     released: ISO day of the first release, where the file says it.
     """

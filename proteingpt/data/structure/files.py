@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from proteingpt.data.structure.atoms import StructureError
+from proteingpt.protein import short_id
 
 STRUCTURE_SUFFIXES = tuple(
     suffix + packed for suffix in (".cif", ".mmcif", ".pdbx", ".bcif", ".pdb", ".ent") for packed in ("", ".gz")
@@ -88,7 +89,9 @@ def kind_of(data: bytes, path: Path) -> str:
         return "mmcif"
     if _PDB_RECORD.search(data):
         return "pdb"
-    raise StructureError("neither mmCIF (no data_ block), BinaryCIF, nor PDB format (no record of it); wanted one of them")
+    raise StructureError(
+        "neither mmCIF (no data_ block), BinaryCIF, nor PDB format (no record of it); wanted one of them"
+    )
 
 
 def decode(data: bytes) -> str:
@@ -97,9 +100,10 @@ def decode(data: bytes) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
-def stem(path: Path) -> str:
-    name = path.name
-    for suffix in sorted(STRUCTURE_SUFFIXES, key=len, reverse=True):
-        if name.lower().endswith(suffix):
-            return name[: -len(suffix)].lower()
-    return path.stem.lower()
+def entry_of(path: Path) -> str:
+    """The entry that a file is of, by its name: `pdb1CBS.ent.gz` and `pdb_00001cbs_xyz_v1-2.cif.gz` are of 1cbs."""
+    name = path.name.lower().removesuffix(".gz")
+    stem, _, extension = name.rpartition(".")
+    if extension == "ent":
+        stem = stem.removeprefix("pdb")
+    return short_id(re.sub(r"^(pdb_[0-9a-z]{8})_xyz.*", r"\1", stem or name))

@@ -20,7 +20,7 @@ from proteingpt.data.structure.atoms import (
     unique,
 )
 from proteingpt.data.structure.entry import Entry
-from proteingpt.data.structure.files import decode, stem
+from proteingpt.data.structure.files import decode, entry_of
 from proteingpt.data.structure.pdb_facts import pdb_facts, release_day
 from proteingpt.data.structure.pdb_records import (
     BLANK_CHAIN,
@@ -40,13 +40,16 @@ def read_pdb(data: bytes, path: Path, is_model: bool = False) -> Entry:
     records = records_of(lines)
     remarks = remarks_of(records)
     if complies(remarks) and "END" not in records:
-        raise StructureError("truncated: REMARK 4 says it complies with the PDB format, and the END record is missing; fetch the file again")
+        raise StructureError(
+            "truncated: REMARK 4 says it complies with the PDB format, and the END record is missing; fetch the file "
+            "again"
+        )
     table = _pdb_atoms(_first_model(lines))
     seqres, missing = seqres_of(records), missing_residues(remarks)
     polymers = _polymers(table, seqres, missing)
     plddt_scale = _plddt_scale(records, is_model)
     return Entry(
-        id=_pdb_id(records.get("HEADER", [""])[0]) or stem(path),
+        id=_pdb_id(records.get("HEADER", [""])[0]) or entry_of(path),
         facts=pdb_facts(records, remarks, polymers, table.atoms.component, table.element, plddt_scale is not None),
         chains=unique(p.chain for p in polymers if p.is_peptide),
         path=path,
@@ -135,7 +138,9 @@ def _pdb_numbers(texts: np.ndarray, what: str, missing: float | None) -> np.ndar
     try:
         numbers = texts.astype(np.float64)
     except ValueError as error:
-        raise StructureError(f"broken number for {what} in a coordinate record: {error}; fetch the file again, or correct it") from error
+        raise StructureError(
+            f"broken number for {what} in a coordinate record: {error}; fetch the file again, or correct it"
+        ) from error
     if not np.isfinite(numbers).all():
         raise StructureError(
             f"{what} is {numbers[~np.isfinite(numbers)][0]} in a coordinate record; wanted a number: leave out the "

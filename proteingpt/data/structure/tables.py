@@ -93,7 +93,9 @@ class Tables:
             return None
         column = table[name]
         if len(column) != table.row_count or (column.mask is not None and len(column.mask) != table.row_count):
-            raise StructureError(f"{category}.{name} has {len(column)} rows, its category {table.row_count}; fetch it again")
+            raise StructureError(
+                f"{category}.{name} has {len(column)} rows, its category {table.row_count}; fetch it again"
+            )
         return column
 
     def texts(self, category: str, *names: str) -> np.ndarray | None:

@@ -173,7 +173,7 @@ def test_the_published_answers_of_1hv4_follow_from_the_api_answer():
 
 def test_an_annotation_has_abstract_release_day_and_the_entity_of_each_chain():
     annotation = annotation_from_rcsb(ENTRY_1HV4)
-    assert annotation.abstract == "The <i>bar-headed</i> goose flies high."
+    assert annotation.abstract == "The bar-headed goose flies high."
     assert annotation.release_date == "2001-01-17"
     assert annotation.polymer_entities == dict(A="1", C="1", E="1", G="1", B="2", D="2", F="2", H="2")
 
@@ -243,8 +243,8 @@ def test_no_id_leaves_the_folder_of_the_cache(text):
 
 
 def test_clusters_are_numbered_by_line_without_computed_models():
-    lines = ["1ABC_1 AF_AFP68871F1_1 2XYZ_2\n", "MA_MABAKCEPC0534_1\n", "3def_1 1ABC_2\n"]
-    assert parse_clusters(lines) == {"1ABC_1": 0, "2XYZ_2": 0, "3DEF_1": 2, "1ABC_2": 2}
+    lines = ["1ABC_1 AF_AFP68871F1_1 2XYZ_2\n", "MA_MABAKCEPC0534_1\n", "3def_1 PDB_00001ABC_2 PDB_10001ABC_1\n"]
+    assert parse_clusters(lines) == {"1ABC_1": 0, "2XYZ_2": 0, "3DEF_1": 2, "1ABC_2": 2, "PDB_10001ABC_1": 2}
 
 
 def test_an_entity_in_two_clusters_is_refused():

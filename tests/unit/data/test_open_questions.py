@@ -24,7 +24,7 @@ from proteingpt.data.open_questions import (
     read_prompt,
     read_subjects,
 )
-from proteingpt.data.open_questions_run import plan_jobs
+from proteingpt.data.open_questions_plan import plan_jobs
 from proteingpt.data.shards import write_shards
 from proteingpt.endpoint import InvalidAnswer
 from proteingpt.protein import Protein, Sample, Turn

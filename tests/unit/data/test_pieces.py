@@ -56,6 +56,14 @@ def test_only_what_is_wanted_is_kept(work):
     assert len(list(work.glob("*.data"))) == 1
 
 
+def test_what_could_not_be_read_for_no_fault_of_the_file_is_read_again(work):
+    """And what lies with it in the same piece is not."""
+    reasons = ["read error", "too slow", "unreadable"]
+    outcomes = [Outcome(r, "1abc", (), (Skip(r, "1abc", "", r, "..."),)) for r in reasons]
+    write_piece(work, [encode_outcome(outcome.file, outcome, {}) for outcome in outcomes])
+    assert set(load_pieces(work, reasons)) == {"unreadable"}
+
+
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"size": 1}'])
 def test_a_damaged_record_is_parsed_again(work, damage):
     write_piece(work, [encode_outcome("key", Outcome("1.cif", "1abc", (sample("1abc", 4),)), {})])

@@ -1,4 +1,4 @@
-"""The client against a local server that is in good health, and its rate.
+"""The client against a local server that is in good health.
 
 A server in trouble is the subject of tests/faults/test_rcsb_server.py.
 """
@@ -7,55 +7,12 @@ import gzip
 import itertools
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from rcsb_server import SHARED_DATA, RcsbServer
 
-from proteingpt.data import rcsb
 from proteingpt.data.annotations import read_annotations
-from proteingpt.data.rcsb import Addresses, Client, NotFound, RateLimit
-
-# --- the rate
-
-
-class Clock:
-    """Time passes only by sleeping."""
-
-    def __init__(self):
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        assert seconds > 0
-        self.now += seconds
-
-
-@given(st.lists(st.floats(0, 0.7), min_size=12, max_size=30))
-def test_no_second_sees_more_starts_than_allowed(gaps):
-    clock, starts = Clock(), []
-    limit = RateLimit(4, clock, clock.sleep)
-    for gap in gaps:
-        clock.now += gap
-        limit.wait()
-        starts.append(clock.now)
-    # Four intervals between the first and the fifth of any five.
-    assert all(b - a >= 1 - 1e-9 for a, b in zip(starts, starts[4:]))
-
-
-def test_after_a_hold_nobody_starts_before_it_ends():
-    clock = Clock()
-    limit = RateLimit(10, clock, clock.sleep)
-    limit.wait()
-    limit.hold(30)
-    limit.wait()
-    assert clock.now == pytest.approx(130)
-    limit.wait()
-    assert clock.now == pytest.approx(130.1)
-
-
-# --- the client
+from proteingpt.data.fetching import USER_AGENT, NotFound
+from proteingpt.data.rcsb import Addresses, Client
+from proteingpt.data.splits import read_clusters
 
 
 @pytest.fixture
@@ -96,7 +53,7 @@ def test_a_structure_is_fetched_once_into_the_two_letter_layout(tmp_path, server
     assert path.read_bytes() == rcsb_file
     assert client(tmp_path, server).fetch_structure("1abc") == path
     assert server.count() == 1
-    assert server.user_agents == {rcsb.USER_AGENT} and "proteingpt" in rcsb.USER_AGENT
+    assert server.user_agents == {USER_AGENT} and "proteingpt" in USER_AGENT
 
 
 @pytest.mark.skipif(not (SHARED_DATA / "pdb").is_dir(), reason="no ../shared/data/pdb")
@@ -127,7 +84,8 @@ def test_an_accession_without_a_model_is_remembered(tmp_path, server):
 
 def test_clusters_are_fetched_once(tmp_path, server):
     for _ in range(2):
-        assert client(tmp_path, server).fetch_clusters(30) == {"1ABC_1": 0, "2XYZ_2": 0, "3DEF_1": 1}
+        path = client(tmp_path, server).fetch_clusters(30)
+        assert read_clusters(path) == {"1ABC_1": 0, "2XYZ_2": 0, "3DEF_1": 1}
     assert [path for _, path, _ in server.requests] == ["/resources/sequence/clusters/clusters-by-entity-30.txt"]
 
 

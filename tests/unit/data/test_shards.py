@@ -371,6 +371,60 @@ def test_a_changed_or_missing_index_is_named(directory):
         ShardSet(directory, "train")
 
 
+@pytest.fixture
+def kept(directory, monkeypatch) -> Path:
+    """The folder of the columns of a set that counts as large."""
+    monkeypatch.setattr(shard_set_module, "KEPT_FROM", len(SAMPLES["train"]))
+    ShardSet(directory, "train")
+    (folder,) = directory.glob("index-train-*")
+    return folder
+
+
+def test_a_large_set_is_opened_from_its_columns_and_a_small_one_leaves_none(directory, kept):
+    """Without reading the indexes again: here they are gone."""
+    for path in directory.glob("train-*.index.jsonl"):
+        path.unlink()
+    shard_set = ShardSet(directory, "train")
+    assert shard_set.keys == [sample.key for sample in SAMPLES["train"]] and shard_set.shard_starts.tolist() == [
+        0,
+        3,
+        4,
+    ]
+    assert [shard_set.num_residues.tolist(), shard_set.num_turns.tolist()] == [[7, 7, 300, 1], [2, 2, 2, 2]]
+    for number, sample in enumerate(SAMPLES["train"]):
+        assert_same(shard_set.read(number), sample)
+    assert shard_set.shard_numbers.tolist() == [0, 0, 0, 1] == [shard_set.shard_of(i) for i in range(4)]
+    ShardSet(directory, "test").read(0)
+    assert list(directory.glob("index-*")) == [kept]
+
+
+def test_other_indexes_have_other_columns(directory, kept, tmp_path):
+    longer = [make_sample("1abc", length=8), *SAMPLES["train"][1:]]
+    write(directory, {"train": longer})
+    assert ShardSet(directory, "train").num_residues.tolist() == [8, 7, 300, 1]
+    assert len(list(directory.glob("index-train-*"))) == 2
+
+
+def test_damaged_columns_end_in_an_error_that_says_what(directory, kept):
+    """A key, a length, and a place far outside; a column that lost its end."""
+    for name, place, value, reason in (
+        ("keys", 0, 0xFF, "meta.json: it says 1abc_A"),
+        ("num_residues", 0, 9, "7 residues, the index says 9"),
+        ("spans", 7, 0x40, "bytes by the index, wanted at most"),
+    ):
+        whole = (kept / name).read_bytes()
+        (kept / name).write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
+        with pytest.raises(ShardError, match=reason):
+            ShardSet(directory, "train").read(0)
+        (kept / name).write_bytes(whole)
+    for name in ("num_turns", "spans", "key_starts"):
+        whole = (kept / name).read_bytes()
+        (kept / name).write_bytes(whole[:-8])
+        with pytest.raises(ShardError, match="not the columns of 4 samples: remove this folder"):
+            ShardSet(directory, "train")
+        (kept / name).write_bytes(whole)
+
+
 def flip_byte(path: Path, position: int) -> None:
     content = bytearray(path.read_bytes())
     content[position] ^= 1
@@ -472,7 +526,9 @@ def test_a_key_that_is_in_two_shards_is_found(directory, tmp_path):
     assert any("sample 1abc_A is also in train-00000.tar" in fault for fault in find_faults(directory))
 
 
-@pytest.mark.parametrize("value, what", [(np.inf, "a coordinate beyond 1e+06 angstrom"), (np.nan, "no residue of it has all three")])
+@pytest.mark.parametrize(
+    "value, what", [(np.inf, "a coordinate beyond 1e+06 angstrom"), (np.nan, "no residue of it has all three")]
+)
 def test_coordinates_that_no_encoder_can_use_are_found(tmp_path, value, what):
     backbone = np.full((3, 3, 3), value, np.float32)
     write(tmp_path, {"train": [Sample(Protein("1abc", "A", "ACD", backbone), "", ())]})

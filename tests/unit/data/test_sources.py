@@ -2,6 +2,7 @@
 
 import io
 import json
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from rcsb_server import RcsbServer, status
 
 from proteingpt.data.build import BuildError, build
 from proteingpt.data.shards import ShardSet, find_faults
-from proteingpt.data.sources import SourceError, Sources, entry_name, gather, merge_facts, rank_files
+from proteingpt.data.sources import SourceError, Sources, gather, merge_facts, rank_files
+from proteingpt.data.structure import entry_of
 from proteingpt.protein import Facts
 
 
@@ -30,16 +32,23 @@ def settings(server: RcsbServer, tmp_path: Path, **more) -> dict:
 @pytest.mark.parametrize(
     "name, wanted",
     [
-        ("1ABC.cif.gz", ("1abc", 1)),
-        ("1abc.bcif", ("1abc", 0)),
-        ("pdb1abc.ent.gz", ("1abc", 2)),
-        ("pdb1abc.pdb", ("pdb1abc", 2)),
-        ("AF-P29373-F1.cif", ("af-p29373-f1", 1)),
-        ("model.v2.PDB", ("model.v2", 2)),
+        ("1ABC.cif.gz", "1abc"),
+        ("1abc.bcif", "1abc"),
+        ("pdb1abc.ent.gz", "1abc"),
+        ("pdb1abc.pdb", "pdb1abc"),
+        ("AF-P29373-F1.cif", "af-p29373-f1"),
+        ("model.v2.PDB", "model.v2"),
+        ("no_extension", "no_extension"),
+        # wwPDB's extended ids, as its archives of versions and of enriched files name them
+        ("pdb_00001ABC.cif", "1abc"),
+        ("pdb_00001abc_xyz_v1-2.cif.gz", "1abc"),
+        ("pdb_00001abc_xyz-enrich.cif.gz", "1abc"),
+        ("pdb_10001abc_xyz.bcif", "pdb_10001abc"),
+        ("pdb_00001abc_mine.cif", "pdb_00001abc_mine"),
     ],
 )
 def test_the_entry_is_told_by_the_name_of_the_file(name, wanted):
-    assert entry_name(Path(name)) == wanted
+    assert entry_of(Path(name)) == wanted
 
 
 def test_binarycif_is_preferred_to_mmcif_to_pdb():
@@ -113,6 +122,9 @@ def test_clusters_are_fetched_for_the_cluster_split(server, tmp_path):
     server.clusters = "1AAA_1 2BBB_1\n3CCC_1\n4DDD_1 5EEE_1\n"
     report = build(None, tmp_path / "out", rcsb="all", split="cluster", **settings(server, tmp_path))
     assert ShardSet(tmp_path / "out", "test").keys == ["3ccc_A"]
+    file = tmp_path / "cache" / "clusters" / "clusters-by-entity-30.txt"
+    assert report.options["clusters_from"] == f"{server.addresses.clusters}/{file.name}"
+    assert report.options["source_sha256"] == {"clusters": [sha256(file.read_bytes()).hexdigest()]}
     assert report.leak["num_test_samples_in_train_clusters"] == 0
 
 

@@ -1,6 +1,7 @@
 """Splits as pure functions: exact shares, whole clusters, and the published numbers."""
 
 import shutil
+import subprocess
 
 import pytest
 from hypothesis import given
@@ -13,6 +14,7 @@ from proteingpt.data.splits import (
     connect,
     draw_test_clusters,
     draw_test_entries,
+    name_mmseqs,
     newest_entries,
     num_test_entries,
     read_clusters,
@@ -113,6 +115,12 @@ def test_mmseqs_tables_and_its_absence():
     assert groups["a"] == groups["b"] != groups["c"] == groups["d"]
     with pytest.raises(SplitError, match="give --clusters FILE .* or install MMseqs2"):
         cluster_by_mmseqs({"a": "ACDEF"}, program="no-such-mmseqs")
+
+
+@pytest.mark.skipif(shutil.which("mmseqs") is None, reason="MMseqs2 is not installed (Debian: mmseqs2)")
+def test_mmseqs_is_named_with_its_version_and_what_it_is_asked():
+    version = subprocess.run(["mmseqs", "version"], capture_output=True, text=True).stdout.strip()
+    assert name_mmseqs().startswith(f"MMseqs2 {version} easy-search --min-seq-id 0.3 ") and version
 
 
 @pytest.mark.skipif(shutil.which("mmseqs") is None, reason="MMseqs2 is not installed (Debian: mmseqs2)")

@@ -67,11 +67,15 @@ def test_an_mmcif_cut_between_rows_is_told_by_its_missing_category_end(entry):
     text = text.replace("9XYZ\n", "9XYZ\n#\n").replace("\nloop_\n_", "\n#\nloop_\n_").replace("#\n#\n", "#\n") + "#\n"
     assert entry(text).protein().resolved.all()
     cut = text.rstrip("#\n").rsplit("\n", 1)[0] + "\n"
-    refused(entry, cut, "a.cif", "truncated: every category is closed by a # line except the last", "fetch the file again")
+    refused(
+        entry, cut, "a.cif", "truncated: every category is closed by a # line except the last", "fetch the file again"
+    )
 
 
 def test_an_mmcif_cut_inside_a_text_field_is_refused(entry):
-    refused(entry, everything()[0] + "_struct.title\n;goes on and", "a.cif", "ends inside a text field", "fetch it again")
+    refused(
+        entry, everything()[0] + "_struct.title\n;goes on and", "a.cif", "ends inside a text field", "fetch it again"
+    )
 
 
 def test_a_pdb_file_that_complies_with_the_format_and_has_no_end_is_refused(entry):
