@@ -218,12 +218,13 @@ def bench_esm_if1(options: argparse.Namespace, folder: Path) -> dict[str, float]
     if not options.fast_only:
         alone = [[protein] for protein in proteins]
         values |= compare(encoder.encode, fair_esm_if1(path, device), alone, device, options.repeats)
-    long = random_protein(1000, 0)
-    assert len(inputs_of(long)[0]) == 1002
-    meter = Meter(device)
-    meter(lambda: encoder.encode([long]))
-    rate = round(1000 / meter.seconds, 2)
-    return values | {"fast_peak_bytes_at_1000": meter.peak_bytes, "fast_residues_per_second_at_1000": rate}
+    for length in options.lengths:
+        protein, meter = random_protein(length, 0), Meter(device)
+        assert len(inputs_of(protein)[0]) == length + 2
+        meter(lambda: encoder.encode([protein]))
+        values[f"fast_peak_bytes_at_{length}"] = meter.peak_bytes
+        values[f"fast_residues_per_second_at_{length}"] = round(length / meter.seconds, 2)
+    return values
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -233,6 +234,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--esm2-size", choices=ESM2_SIZES, default="35M", help="shapes of which published ESM-2 [35M]")
     add("--batches", type=int, default=2, help=f"random batches of {BATCH} proteins for ESM-2 [2]")
     add("--structures", type=int, default=3, help="proteins for ESM-IF1 [3]")
+    add(
+        "--lengths",
+        type=int,
+        nargs="+",
+        default=[500, 1000],
+        help="of proteins whose ESM-IF1 peaks are taken [500 1000]",
+    )
     add("--threads", type=int, default=1, help="of torch on the CPU [1]")
     add("--repeats", type=int, default=2, help="times each batch is run; the shortest counts [2]")
     add("--device", default="cpu", help="cpu, cuda, cuda:1 [cpu]")

@@ -79,8 +79,9 @@ def hashes_at_hand(config: EncodersConfig) -> dict[str, str | None]:
 def encoder_differences(
     manifest: Mapping, config: EncodersConfig, hashes: Mapping[str, str | None]
 ) -> list[str]:
-    """A line for each thing in which the recipe's encoders are not the cache's. A recipe that names no encoder takes the
-    cache's; one that says `none` leaves the cache's aside. hashes: of weights at hand; without them names are compared."""
+    """A line for each thing in which the recipe's encoders are not the cache's. A recipe that names no encoder takes
+    the cache's; one that says `none` leaves the cache's aside. hashes: of weights at hand; without them names are
+    compared."""
     lines = [
         f"encoders.{name} is {getattr(config, name)!r}, the cache's rows are {manifest[name]!r}"
         for name in ("dtype", "backend")
@@ -94,12 +95,16 @@ def encoder_differences(
         elif wanted not in (None, NO_ENCODER):
             found = hashes[part]
             if found and cached["sha256"] and found != cached["sha256"]:
-                lines.append(f"{at}: the weights {wanted} have sha256 {found[:12]}, the cache's {cached['sha256'][:12]}")
+                lines.append(
+                    f"{at}: the weights {wanted} have sha256 {found[:12]}, the cache's {cached['sha256'][:12]}"
+                )
             elif not (found and cached["sha256"]) and weights_name(wanted) != cached["name"]:
                 lines.append(f"{at} is {wanted!r}, the cache's rows are of {cached['name']}")
             layer = cached["num_layers"] if config.esm2_layer is None else config.esm2_layer
             if part == "sequence" and layer != cached["layer"]:
-                lines.append(f"encoders.esm2_layer is {config.esm2_layer}, the cache's rows are of layer {cached['layer']}")
+                lines.append(
+                    f"encoders.esm2_layer is {config.esm2_layer}, the cache's rows are of layer {cached['layer']}"
+                )
     return lines
 
 
@@ -233,15 +238,16 @@ def read_places(directory: Path, record: Mapping, number: int) -> dict[str, Plac
 
 
 def data_differences(cache: CachedRows, shard_sets: Sequence[ShardSet]) -> list[str]:
-    """A line for each way in which the cache is not of these samples. Shards of other bytes are no difference as long as
-    every protein is the same: questions may have been added."""
+    """A line for each way in which the cache is not of these samples. Shards of other bytes are no difference as long
+    as every protein is the same: questions may have been added."""
     known = cache.manifest["data"]
     changed = [shards for shards in shard_sets if known.get(shards.split) != shards.fingerprint]
     keys = [(shards, number, key) for shards in changed for number, key in enumerate(shards.keys)]
     absent = [key for _, _, key in keys if key not in cache.places and key not in cache.left_out]
     other = [] if absent else [key for shards, number, key in keys if not same_inputs(cache, shards, number, key)]
     return [
-        f"{len(named)} of {len(keys)} samples {what} ({', '.join(named[:MAX_NAMED])}{', ...' * (len(named) > MAX_NAMED)})"
+        f"{len(named)} of {len(keys)} samples {what} "
+        f"({', '.join(named[:MAX_NAMED])}{', ...' * (len(named) > MAX_NAMED)})"
         for named, what in ((absent, "are not in it"), (other, "have another sequence or structure there"))
         if named
     ]

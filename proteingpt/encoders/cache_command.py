@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -14,30 +15,33 @@ from proteingpt.config import NO_ENCODER, ConfigError, EncodersConfig
 from proteingpt.data.published import PublishedDataError
 from proteingpt.data.shards import ShardError, ShardSet
 from proteingpt.distributed import LaunchError, Rank, detect, gather_objects, start, stop
-from proteingpt.encoders.cache_plan import estimate, format_estimate
+from proteingpt.encoders.cache_plan import estimate, format_estimate, rates_by_kind
 from proteingpt.encoders.cache_run import all_jobs, cache_embeddings, open_splits
 from proteingpt.encoders.pair import Encoders
-from proteingpt.encoders.rows_file import PARTS
 from proteingpt.encoders.weights import ESM_IF1_NAME, BadCheckpoint, UnknownWeights, WeightsNotFound
 
 USER_ERRORS = (ConfigError, LaunchError, ShardError, PublishedDataError, WeightsNotFound, UnknownWeights, BadCheckpoint)
-# Of the longest time that a rank may take for what others wait for; nothing of ours waits in a collective for long.
-TIMEOUT_SECONDS = 24 * 3600
 NUM_MEASURED = 4
+SIGTERM_STATUS = 128 + signal.SIGTERM  # as the shell says of a program that a signal has ended
 
 
 def main(options: argparse.Namespace) -> int:
     """The exit status. Errors of the user are one sentence, said by the rank that has them."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(SIGTERM_STATUS))  # lets go of its shard, which another takes over
     try:
         rank = detect(os.environ)
         logging.basicConfig(format="%(message)s", level=logging.INFO if rank.is_first else logging.ERROR)
         config = config_of(options)
-        device = start(rank, TIMEOUT_SECONDS)
+        device = start(rank)
         if device.type == "cpu":
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // rank.world_size))
         (show_estimate if options.estimate else write)(options, config, rank, device)
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except OSError as error:  # above all a full disk
+        said = "the shards that are finished are kept: mend that, and the same command goes on"
+        print(f"error: while writing {options.out}: {error}; {said}", file=sys.stderr, flush=True)
         return 1
     stop()
     return 0
@@ -62,8 +66,8 @@ def config_of(options: argparse.Namespace) -> EncodersConfig:
 
 def write(options: argparse.Namespace, config: EncodersConfig, rank: Rank, device) -> None:
     manifest = cache_embeddings(
-        options.data, options.out, config, rank, device, together=options.together and not options.from_published,
-        published=options.from_published, overwrite=options.overwrite, progress=sys.stderr,
+        options.data, options.out, config, device, together=options.together and not options.from_published,
+        published=options.from_published, overwrite=options.overwrite, progress=sys.stderr if rank.is_first else None,
     )  # fmt: skip
     if rank.is_first:
         print(report(options.data, options.out, manifest), flush=True)
@@ -84,25 +88,26 @@ def report(data: str, out: str, manifest: dict | None) -> str:
 # ----------------------------------------------------------------------------------------------------------- estimate
 
 
-def show_estimate(options: argparse.Namespace, config: EncodersConfig, rank: Rank, device, file: TextIO = sys.stdout) -> None:
-    """From --rates, or from the rate of every rank, or of this one times --ranks."""
-    splits = open_splits(options.data)
-    encoders = Encoders.load(config, device)
-    widths = {part: getattr(encoders, part).width for part in PARTS}
-    if options.rates:
-        rates = [float(rate) for rate in options.rates.split(",")]
+def show_estimate(options: argparse.Namespace, config: EncodersConfig, rank: Rank, device, file: TextIO = sys.stdout):
+    """For --cluster, or the ranks that were started times --ranks. Rates are --rates, or measured now on every rank."""
+    splits, measured, given = open_splits(options.data), [], options.rates
+    if given is None:
+        rate = residues_per_second(Encoders.load(config, device), splits[0], device)
+        measured = gather_objects((torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU", rate))
+    if options.cluster:
+        rates, sources = rates_by_kind(options.cluster.kinds, given, measured)
     else:
-        rates = gather_objects(residues_per_second(encoders, splits[0], device)) * (options.ranks or 1)
+        rates = given or [rate for _, rate in measured] * (options.ranks or 1)
+        sources = ["given by --rates" if given else f"measured now, on {NUM_MEASURED} proteins"]
     found = estimate(
-        sum(job.num_bytes for job in all_jobs(splits, widths, config.dtype)),
+        sum(job.num_bytes for job in all_jobs(splits, Encoders.widths(config), config.dtype)),
         {shards.split: int(shards.num_residues.sum()) for shards in splits},
         rates,
         epochs=options.epochs,
         readings_per_epoch=options.readings,
     )
     if rank.is_first:
-        how = "given" if options.rates else f"measured on {NUM_MEASURED} proteins"
-        print(f"residues/s                {sum(rates):,.0f} in all, {how}", file=file)
+        print(f"residues/s                {sum(rates):,.0f} in all: {'; '.join(sources)}", file=file)
         print(format_estimate(found, options.epochs, len(rates)), file=file, flush=True)
 
 

@@ -6,6 +6,7 @@ Pure: lengths and rates in, bytes and hours out.
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from proteingpt.config import ConfigError
 from proteingpt.data.shard_format import TAR_BLOCK_BYTES, padded
 from proteingpt.encoders import rows_file
 
@@ -25,7 +26,12 @@ class Job(NamedTuple):
 
 
 def jobs_of(
-    split: str, keys: Sequence[str], lengths: Sequence[int], shards: Sequence[int], widths: Mapping[str, int], dtype: str
+    split: str,
+    keys: Sequence[str],
+    lengths: Sequence[int],
+    shards: Sequence[int],
+    widths: Mapping[str, int],
+    dtype: str,
 ) -> list[Job]:
     """A job for each shard of a split. lengths: residues of each sample; shards: the number of its shard, ascending."""
     jobs = []
@@ -43,8 +49,47 @@ def tar_bytes(sizes: Sequence[int]) -> int:
     return -(-end // TAR_RECORD_BYTES) * TAR_RECORD_BYTES
 
 
+def rates_by_kind(
+    kinds: Sequence, given: Sequence[float] | None, measured: Sequence[tuple[str, float]]
+) -> tuple[list[float], list[str]]:
+    """(residues/s of each rank of a cluster; where each kind's is from). kinds: of the cluster, with `count`, `name`,
+    `label` and `flops`, what its training is held to reach or None. given: a rate for each kind, else `measured`: (name
+    by the driver, rate) of devices at hand. A kind that is not at hand is scaled from one that is. ConfigError where it
+    cannot.
+    """
+    if given is not None and len(given) != len(kinds):
+        raise ConfigError(
+            f"--rates has {len(given)} rates for the {len(kinds)} kinds of --cluster: give one for each kind"
+        )
+    at_hand = {}
+    for kind in kinds:
+        own = [rate for name, rate in measured if kind.name.lower() in name.lower()]
+        if own:
+            at_hand[kind.label] = sum(own) / len(own), kind
+    rates, sources = [], []
+    for number, kind in enumerate(kinds):
+        if given is not None:
+            rate, source = given[number], "given by --rates"
+        elif kind.label in at_hand:
+            rate, source = at_hand[kind.label][0], "measured now"
+        else:
+            known = [(rate, like) for rate, like in at_hand.values() if like.flops and kind.flops]
+            if not known:
+                names = ", ".join(sorted({name for name, _ in measured}))
+                raise ConfigError(
+                    f"no rate for {kind.label}: the device here ({names}) is none that it could be scaled from. Give "
+                    "--rates, one for each kind of --cluster, as --estimate prints them on a device of that kind"
+                )
+            rate, like = known[0]
+            rate, source = rate * kind.flops / like.flops, f"assumed: that of {like.label} by the rates of training"
+        rates += [rate] * kind.count
+        sources.append(f"{kind.count} x {kind.label} at {rate:,.0f}, {source}")
+    return rates, sources
+
+
 class Estimate(NamedTuple):
-    """num_bytes: of the cache. Hours: to make it, and of encoders that run with the training, in an epoch and in all."""
+    """num_bytes: of the cache. Hours: to make it, and of encoders that run with the training, in an epoch and in
+    all."""
 
     num_bytes: int
     hours_to_cache: float

@@ -1,65 +1,40 @@
-"""Writes an embedding cache: each rank takes the next data shard when it is free, and writes the rows of its proteins.
+"""Writes an embedding cache: every process takes the next data shard when it is free, and writes the rows of its
+proteins.
 
-Who takes what is one counter in the ranks' store, so there are no claims that a killed run could leave behind: what is done
-is what lies in the directory. A killed run that is started again does the shards that are missing, and ends with the same
-bytes; what it loses is the shards that were being written, one for each rank. Given up: going on within a shard.
+The processes may be ranks of one launch, tasks of a SLURM array or commands started by hand, at any time and on any
+node that sees the directory: they know of each other by claims (claims.py), and none waits for another but at the very
+end. A shard is made aside and comes to its place by one rename, which only the first can do; so a process that dies
+costs the shard it was at, which another takes over, and two that do the same shard cost time. Given up: going on within
+a shard.
 """
 
-import contextlib
-import fcntl
-import itertools
 import json
 import os
 import shutil
+import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
-import torch
-
 from proteingpt.config import EncodersConfig
-from proteingpt.data.published import embedding_files, read_embedding
 from proteingpt.data.shard_format import totals_of
-from proteingpt.data.shards import MANIFEST_NAME, EncodedSample, ShardError, ShardSet, existing_shards, replacing, write_shards
-from proteingpt.distributed import Rank, on_first_rank
-from proteingpt.encoders import packed
-from proteingpt.encoders.ahead import one_ahead
-from proteingpt.encoders.cache import FORMAT, FORMAT_VERSION, MEMBER, CachedPart, CacheError, identity
+from proteingpt.data.shards import MANIFEST_NAME, ShardSet, existing_shards, replacing
+from proteingpt.distributed import on_first_rank
+from proteingpt.encoders.cache import FORMAT, FORMAT_VERSION, CacheError, identity
 from proteingpt.encoders.cache_plan import Job, jobs_of
-from proteingpt.encoders.pair import Encoders, NoEncoder, Rows
-from proteingpt.encoders.rows_file import PARTS, encode_rows, inputs_sha256
+from proteingpt.encoders.cache_shard import RECORD_NAME, Published, write_shard
+from proteingpt.encoders.claims import POLL_SECONDS, Claim, Claims
+from proteingpt.encoders.pair import Encoders
+from proteingpt.encoders.rows_file import PARTS
 from proteingpt.encoders.weights import ESM_IF1_NAME
-from proteingpt.protein import ENCODER_EXTRA_ROWS, Protein
 
-WORK_NAME = ".work"  # what an unfinished cache keeps: settings, records of shards that are done, shards in the making
+# what an unfinished cache keeps: settings, a directory for each shard that is done or in the making
+WORK_NAME = ".work"
+CLAIMS_NAME = ".claims"
 SETTINGS_NAME = "settings.json"
 LINE_EVERY_SECONDS = 5.0
-# Of ranks that wait for the last shards of others, which may take long.
-POLL_SECONDS = 0.2
 MIN_FREE_BYTES = 2**20  # for indexes and manifest
-
-
-class Published:
-    """Rows of ESM-IF1 that were published as `.pt` files, in the place of encoders: structure only, weights unknown."""
-
-    def __init__(self, folder: str | Path, dtype: str):
-        self.files, self.dtype = embedding_files(folder), getattr(torch, dtype)
-        self.structure, self.sequence = CachedPart(ESM_IF1_NAME, 512, ""), NoEncoder("cpu")
-
-    def encode(self, proteins: Sequence[Protein]) -> Rows:
-        """ValueError where there is no file of a protein, or one of another length."""
-        rows = [self._read(protein) for protein in proteins]
-        return rows, [torch.zeros(0, 0) for _ in proteins]
-
-    def _read(self, protein: Protein) -> torch.Tensor:
-        if protein.id not in self.files:
-            raise ValueError(f"no published embedding {protein.id}.pt")
-        rows = read_embedding(self.files[protein.id])
-        if len(rows) != len(protein) + ENCODER_EXTRA_ROWS:
-            wanted = f"the sample of {len(protein)} residues wants {len(protein) + ENCODER_EXTRA_ROWS}"
-            raise ValueError(f"{self.files[protein.id].name} has {len(rows)} rows, {wanted}: unresolved residues were dropped")
-        return torch.from_numpy(rows).to(self.dtype)
 
 
 # ------------------------------------------------------------------------------------------- what is to be written
@@ -75,7 +50,9 @@ def settings_of(splits: Sequence[ShardSet], encoders, config: EncodersConfig, to
     """The manifest but for what was written: all that decides the bytes."""
     sources = {"structure": config.esm_if1, "sequence": config.esm2}
     published = isinstance(encoders, Published)
-    described = {part: identity(getattr(encoders, part), ESM_IF1_NAME if published else sources[part]) for part in PARTS}
+    described = {
+        part: identity(getattr(encoders, part), ESM_IF1_NAME if published else sources[part]) for part in PARTS
+    }
     if published:
         described["structure"]["sha256"] = None
     return {
@@ -90,7 +67,7 @@ def settings_of(splits: Sequence[ShardSet], encoders, config: EncodersConfig, to
 
 
 def all_jobs(splits: Sequence[ShardSet], widths: Mapping[str, int], dtype: str) -> list[Job]:
-    """Of all splits, the largest first, so that none is left to one rank at the end."""
+    """Of all splits, the largest first, so that none is left to one process at the end."""
     jobs = []
     for shards in splits:
         lengths, numbers = shards.num_residues.tolist(), shards.shard_numbers.tolist()
@@ -98,216 +75,169 @@ def all_jobs(splits: Sequence[ShardSet], widths: Mapping[str, int], dtype: str) 
     return sorted(jobs, key=lambda job: (-job.num_residues, job.name))
 
 
+# ---------------------------------------------------------------------------------------------------- the directory
+
+
+def read_json(path: Path) -> dict | None:
+    return json.loads(path.read_bytes()) if path.is_file() else None
+
+
 def begin(out: Path, settings: dict, overwrite: bool) -> bool:
-    """Makes the directory ready; False where the cache is finished already. Raises CacheError where it holds others."""
-    if overwrite and out.is_dir():
-        remove(out)
+    """Makes the directory ready; False where the cache is finished already. Raises CacheError where it holds others.
+
+    overwrite: others are removed. What is of the same settings has the same bytes, and is kept.
+    """
     work = out / WORK_NAME
     for path in (out / MANIFEST_NAME, work / SETTINGS_NAME):
-        if path.is_file():
-            found = json.loads(path.read_bytes())
-            other = [name for name, value in settings.items() if found.get(name) != value]
-            if other:
-                what = "; ".join(f"{name}: {found.get(name)!r}, wanted {settings[name]!r}" for name in other)
-                raise CacheError(f"{out} holds others ({what}): give another --out, or --overwrite")
-            if path.name == MANIFEST_NAME:
-                shutil.rmtree(work, ignore_errors=True)  # a run that was killed at its very end
-                return False
+        found = read_json(path)
+        other = [name for name, value in settings.items() if found is not None and found.get(name) != value]
+        if other and overwrite:
+            remove(out)
+        elif other:
+            what = "; ".join(f"{name}: {found.get(name)!r}, wanted {settings[name]!r}" for name in other)
+            raise CacheError(f"{out} holds others ({what}): give another --out, or --overwrite")
+        elif found is not None and path.name == MANIFEST_NAME:
+            shutil.rmtree(work, ignore_errors=True)  # of one that was killed at its very end
+            return False
     if not work.is_dir() and existing_shards(out):
         raise CacheError(f"{out} holds shards that are no embeddings of ours: give another --out")
     work.mkdir(parents=True, exist_ok=True)
-    for scratch in work.glob("*.making"):
-        shutil.rmtree(scratch)
     with replacing(work / SETTINGS_NAME) as file:
         file.write(json.dumps(settings, indent=1).encode() + b"\n")
     return True
 
 
 def remove(out: Path) -> None:
-    """The embeddings in `out`, the manifest first. CacheError where something else lies there."""
-    manifest = out / MANIFEST_NAME
-    if manifest.is_file() and json.loads(manifest.read_bytes()).get("format") != FORMAT:
+    """The embeddings in `out`, the manifest first. CacheError where something else lies there, or somebody writes
+    there."""
+    manifest = read_json(out / MANIFEST_NAME)
+    if manifest and manifest.get("format") != FORMAT:
         raise CacheError(f"{out} holds data shards, which --overwrite will not remove: give another --out")
+    claims = Claims(out / CLAIMS_NAME).owners()
+    for name in (claims.keys() - {"begin"}) if (out / WORK_NAME).is_dir() else ():
+        owner = f"process {claims[name].get('pid')} on {claims[name].get('host')}"
+        raise CacheError(
+            f"{owner} writes {name} of other embeddings to {out}: wait for it, or, if you know it dead, remove "
+            f"{out / CLAIMS_NAME}"
+        )
     for path in sorted(existing_shards(out), key=lambda path: path.name != MANIFEST_NAME):
         path.unlink()
     shutil.rmtree(out / WORK_NAME, ignore_errors=True)
 
 
-def record_of(out: Path, job: Job) -> dict | None:
-    """What a finished job wrote, None where it is still to be done."""
-    path = out / WORK_NAME / f"{job.name}.json"
-    if not path.is_file():
-        return None
-    record = json.loads(path.read_bytes())
-    shard = record["shard"]
-    # A power cut may have kept the record and lost what it speaks of.
-    whole = shard is None or all((out / shard[name]).is_file() for name in ("file", "index_file"))
-    return record if whole and (shard is None or (out / shard["file"]).stat().st_size == shard["num_bytes"]) else None
+def done_names(out: Path) -> set[str]:
+    """Of the jobs that are done. CacheError where an unfinished cache has been removed under our feet."""
+    try:
+        return {path.name for path in (out / WORK_NAME).iterdir() if path.suffix != ".making" and path.is_dir()}
+    except FileNotFoundError:
+        raise CacheError(
+            f"{out / WORK_NAME} vanished: somebody has removed the unfinished embeddings in {out}"
+        ) from None
 
 
 def check_space(out: Path, jobs: Sequence[Job]) -> None:
-    needed, free = sum(job.num_bytes for job in jobs) + MIN_FREE_BYTES, shutil.disk_usage(out).free
+    """CacheError where the disk is too small for the jobs, of which some may be half written."""
+    in_the_making = sum(map(bytes_of, (out / WORK_NAME).glob("*.making/*")))
+    needed, free = sum(job.num_bytes for job in jobs) - in_the_making + MIN_FREE_BYTES, shutil.disk_usage(out).free
     if needed > free:
         raise CacheError(
-            f"{out} has {free:,} bytes free, the embeddings still to be written take {needed:,} ({needed / 1e9:.1f} GB): "
-            "make room, give an --out elsewhere, or let the encoders run with the training"
+            f"{out} has {free:,} bytes free, the embeddings still to be written take {needed:,} ({needed / 1e9:.1f} "
+            "GB): make room, give an --out elsewhere, or let the encoders run with the training"
         )
 
 
-# ------------------------------------------------------------------------------------------------------- one shard
+def bytes_of(path: Path) -> int:
+    """0 of a file that is not there."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
-def rows_on_host(rows: Rows) -> tuple[Rows, "torch.cuda.Event | None"]:
-    """The rows on their way to the CPU, and when they are there; None where they are."""
-    on_gpu = any(part and part[0].is_cuda for part in rows)
-    moved = tuple([r.to("cpu", non_blocking=on_gpu) for r in part] for part in rows)
-    event = torch.cuda.Event() if on_gpu else None
-    if event:
-        event.record()
-    return moved, event
-
-
-def entries(shards: ShardSet, job: Job, encoders, dtype: str, together: bool, left_out: dict, tell) -> Iterator[EncodedSample]:
-    """The job's proteins as members, in order; one that cannot be read or encoded goes to left_out with the reason.
-
-    tell(number of residues): after each forward. The next forward has begun when one's rows are written.
-    """
-    lengths = (shards.num_residues[job.first : job.last] + ENCODER_EXTRA_ROWS).tolist()
-    forwards = packed.packs(lengths, packed.MAX_ROWS) if together else ([i] for i in range(len(lengths)))
-
-    def encode(numbers: list[int]):
-        proteins = [p for p in (read(job.first + i) for i in numbers) if p]
-        try:
-            return proteins, rows_on_host((encoders.encode_together if together else encoders.encode)(proteins))
-        except ValueError as error:
-            if len(proteins) == 1:
-                left_out[proteins[0].key] = str(error)
-                return [], (([], []), None)
-            return again_alone(proteins)
-
-    def again_alone(proteins: list[Protein]):
-        found = [encode_one(protein) for protein in proteins]
-        good = [(protein, rows) for protein, rows in zip(proteins, found) if rows]
-        rows = tuple([rows[part][0] for _, rows in good] for part in (0, 1))
-        return [protein for protein, _ in good], rows_on_host(rows)
-
-    def encode_one(protein: Protein) -> Rows | None:
-        try:
-            return encoders.encode([protein])
-        except ValueError as error:
-            left_out[protein.key] = str(error)
-            return None
-
-    def read(number: int) -> Protein | None:
-        try:
-            return shards.read_protein(number)
-        except ShardError as error:
-            left_out[shards.keys[number]] = str(error)
-            return None
-
-    for numbers, (proteins, (rows, there)) in one_ahead(forwards, encode):
-        if there:
-            there.synchronize()
-        for protein, *both in zip(proteins, *rows, strict=True):
-            if not all(part.isfinite().all() for part in both):
-                left_out[protein.key] = f"rows that are not finite in {dtype}: cache them in another --dtype"
-                continue
-            data = encode_rows(protein.key, inputs_sha256(protein), *both, dtype)
-            yield EncodedSample(protein.key, len(protein), 0, {MEMBER: data})
-        tell(sum(lengths[i] - ENCODER_EXTRA_ROWS for i in numbers))
-
-
-def do_job(out: Path, job: Job, shards: ShardSet, encoders, dtype: str, together: bool, tell) -> None:
-    """Writes a shard aside, moves it to its place, and then its record, which is what makes it done."""
-    scratch, left_out = out / WORK_NAME / f"{job.name}.making", {}
-    shutil.rmtree(scratch, ignore_errors=True)
-    samples = entries(shards, job, encoders, dtype, together, left_out, tell)
-    written = write_shards(scratch, {job.split: samples}, samples_per_shard=None, options={})["splits"][job.split]
-    shard = None
-    if written:
-        (shard,) = written
-        for name, ending in (("file", ".tar"), ("index_file", ".index.jsonl")):
-            os.replace(scratch / shard[name], out / f"{job.name}{ending}")
-            shard[name] = f"{job.name}{ending}"
-    with replacing(out / WORK_NAME / f"{job.name}.json") as file:
-        file.write(json.dumps({"shard": shard, "left_out": left_out}).encode())
-    shutil.rmtree(scratch)
+def do_job(out: Path, job: Job, claim: Claim, shards: ShardSet, encoders, dtype: str, together: bool, tell) -> None:
+    """Writes a shard aside and moves it to its place, with its record, which makes it done."""
+    work = out / WORK_NAME
+    for left_behind in work.glob(f"{job.name}.*.making"):
+        shutil.rmtree(left_behind, ignore_errors=True)
+    scratch = work / f"{job.name}.{socket.gethostname()}-{os.getpid()}.making"
+    try:
+        scratch.mkdir()
+        write_shard(scratch, job, shards, encoders, dtype, together, tell)
+        scratch.rename(work / job.name)  # refused where it is there already
+    except OSError:
+        if claim.is_ours and not (work / job.name).is_dir():
+            raise  # else another process has taken this one for dead, and it is that one's job
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def finish(out: Path, settings: dict, jobs: Sequence[Job]) -> dict:
-    """Writes the manifest, last, and returns it."""
-    records = {job.name: record_of(out, job) for job in sorted(jobs, key=lambda job: job.name)}
-    lost = [name for name, record in records.items() if record is None]
-    if lost:
-        raise CacheError(f"{', '.join(lost)} in {out} vanished while the cache was made: start the same command again")
-    splits = {split: [] for split in settings["data"]}
+    """Moves the shards to where readers look for them and writes the manifest, last. Goes on where it was killed."""
+    splits, left_out = {split: [] for split in settings["data"]}, {}
     for job in sorted(jobs, key=lambda job: job.name):
-        if records[job.name]["shard"]:
-            splits[job.split].append(records[job.name]["shard"])
-    left_out = {key: why for record in records.values() for key, why in record["left_out"].items()}
+        made = out / WORK_NAME / job.name
+        record = json.loads((made / RECORD_NAME).read_bytes())
+        left_out |= record["left_out"]
+        if record["shard"]:
+            splits[job.split].append(record["shard"])
+            for name in (record["shard"]["file"], record["shard"]["index_file"]):
+                if (made / name).is_file():
+                    (made / name).replace(out / name)
+            if bytes_of(out / record["shard"]["file"]) != record["shard"]["num_bytes"]:
+                shutil.rmtree(made)
+                raise CacheError(
+                    f"{job.name} in {out} has lost bytes since it was written: start the same command again"
+                )
     totals = {split: totals_of(shards) for split, shards in splits.items()}
     manifest = {**settings, "left_out": left_out, "totals": totals, "splits": splits}
     with replacing(out / MANIFEST_NAME) as file:
         file.write(json.dumps(manifest, indent=1).encode() + b"\n")
-    shutil.rmtree(out / WORK_NAME)
+    shutil.rmtree(out / WORK_NAME, ignore_errors=True)
     return manifest
 
 
-# ------------------------------------------------------------------------------------------------------- all ranks
-
-
-class Board:
-    """What the ranks share while they work: counters in the store that joined them. No collective waits on a slow rank."""
-
-    numbers = itertools.count()  # of a process, the same on every rank, so that each board begins at zero
-
-    def __init__(self):
-        from torch.distributed import PrefixStore
-        from torch.distributed.distributed_c10d import _get_default_store
-
-        self.store = PrefixStore(f"cache_embeddings/{next(self.numbers)}", _get_default_store())
-
-    def next_job(self) -> int:
-        return self.store.add("taken", 1) - 1
-
-    def tell(self, num_residues: int) -> None:
-        self.store.add("residues", num_residues)
-
-    def end_job(self) -> None:
-        self.store.add("done", 1)
-
-    def fail(self, message: str) -> None:
-        self.store.set("error", message)
-        self.store.add("failed", 1)
-
-    def counts(self) -> tuple[int, int]:
-        """(jobs done, residues done). CacheError on every other rank once one has failed."""
-        if self.store.add("failed", 0):
-            raise CacheError(f"another rank has failed: {self.store.get('error').decode()}")
-        return self.store.add("done", 0), self.store.add("residues", 0)
+# ----------------------------------------------------------------------------------------------------- all processes
 
 
 class Progress:
-    """The line of rank 0: how much is done, how fast, how long it still takes."""
+    """The line of rank 0: how much of the cache is done, by all processes, how fast, how long it still takes."""
 
-    def __init__(self, jobs: Sequence[Job], board: Board, file: TextIO | None):
-        self.num_jobs, self.num_residues = len(jobs), sum(job.num_residues for job in jobs)
-        self.num_bytes = sum(job.num_bytes for job in jobs)
-        self.board, self.file, self.began, self.shown = board, file, time.monotonic(), 0.0
+    def __init__(self, out: Path, jobs: Sequence[Job], claims: Claims, file: TextIO | None):
+        self.out, self.jobs, self.claims, self.file = out, {job.name: job for job in jobs}, claims, file
+        self.num_residues, self.num_bytes = (sum(job[place] for job in jobs) for place in (-2, -1))
+        self.began, self.shown, self.at_first = time.monotonic(), 0.0, self.counts()[1] if file else 0
 
-    def show(self, last: bool = False) -> None:
+    def counts(self) -> tuple[int, int]:
+        """(jobs done, residues done)."""
+        try:
+            done = done_names(self.out) & self.jobs.keys()
+        except CacheError:  # another process has finished
+            done = set(self.jobs)
+        half = sum(o.get("done", 0) for name, o in self.claims.owners().items() if name in self.jobs.keys() - done)
+        return len(done), sum(self.jobs[name].num_residues for name in done) + half
+
+    def show(self) -> None:
         now = time.monotonic()
-        if self.file is None or not last and now - self.shown < LINE_EVERY_SECONDS:
+        if self.file is None or now - self.shown < LINE_EVERY_SECONDS:
             return
         self.shown = now
-        line = progress_line(*self.board.counts(), self.num_jobs, self.num_residues, self.num_bytes, now - self.began)
-        on_terminal = self.file.isatty()
-        print(f"\x1b[2K{line}" if on_terminal else line, end="\r" if on_terminal and not last else "\n", file=self.file, flush=True)
+        self.write(*self.counts(), "\r" if self.file.isatty() else "\n")
+
+    def end(self) -> None:
+        if self.file:
+            self.write(len(self.jobs), self.num_residues, "\n")
+
+    def write(self, jobs: int, residues: int, end: str) -> None:
+        passed = residues - self.at_first, time.monotonic() - self.began
+        line = progress_line(jobs, residues, len(self.jobs), self.num_residues, self.num_bytes, *passed)
+        print(f"\x1b[2K{line}" if self.file.isatty() else line, end=end, file=self.file, flush=True)
 
 
-def progress_line(jobs: int, residues: int, num_jobs: int, num_residues: int, num_bytes: int, seconds: float) -> str:
-    """jobs, residues: done so far, in `seconds`."""
-    rate = residues / seconds if seconds else 0.0
+def progress_line(
+    jobs: int, residues: int, num_jobs: int, num_residues: int, num_bytes: int, passed: int, seconds: float
+) -> str:
+    """jobs, residues: done so far. passed: residues, by all processes, in `seconds`."""
+    rate = passed / seconds if seconds else 0.0
     left = f"{(num_residues - residues) / rate / 60:,.1f} min left" if rate else "measuring"
     share = residues / num_residues if num_residues else 1.0
     return (
@@ -316,24 +246,10 @@ def progress_line(jobs: int, residues: int, num_jobs: int, num_residues: int, nu
     )
 
 
-@contextlib.contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """For rank 0 of a run. CacheError where another run writes there. The system lets go when the process ends."""
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CacheError(f"another run writes to {out}: wait for it, or give another --out") from error
-        yield
-        (out / ".lock").unlink()
-
-
 def cache_embeddings(
     data: str | Path,
     out: str | Path,
     config: EncodersConfig,
-    rank: Rank,
     device,
     *,
     together: bool = False,
@@ -341,59 +257,81 @@ def cache_embeddings(
     overwrite: bool = False,
     progress: TextIO | None = None,
 ) -> dict | None:
-    """Writes the rows of all proteins of `data` to `out`, over all ranks, which have joined. The manifest, on every rank;
-    None where the cache was finished already.
+    """Writes the rows of all proteins of `data` to `out`, with all other processes that do. The manifest, once all is
+    there; None where it was there before.
 
-    together: several proteins in a forward, faster, with rows equal but for rounding to those of training's own encoders.
-    published: a folder of `.pt` files to take the rows from. Raises CacheError and what ShardSet and Encoders raise.
+    together: several proteins in a forward, faster, with rows equal but for rounding to those of training's own
+    encoders.
+    published: a folder of `.pt` files to take the rows from. Raises CacheError, what ShardSet and Encoders raise, and
+    OSError where the disk gives out; what is finished is kept then.
     """
     out, splits = Path(out), open_splits(data)
     encoders = Published(published, config.dtype) if published else Encoders.load(config, device)
     settings = settings_of(splits, encoders, config, together)
-    widths = {part: getattr(encoders, part).width for part in PARTS}
-    jobs = all_jobs(splits, widths, config.dtype)
+    jobs = all_jobs(splits, {part: getattr(encoders, part).width for part in PARTS}, config.dtype)
+    by_split, claims = {shards.split: shards for shards in splits}, Claims(out / CLAIMS_NAME)
 
-    def start() -> list[str] | None:
-        if not begin(out, settings, overwrite):
-            return None
-        pending = [job for job in jobs if record_of(out, job) is None]
+    def start() -> bool:
+        out.mkdir(parents=True, exist_ok=True)
+        with claims.turn("begin"):
+            if not begin(out, settings, overwrite):
+                claims.clear()
+                return False
+            done = done_names(out)
+        pending = [job for job in jobs if job.name not in done]
         if progress:
             total, still = (sum(job.num_bytes for job in some) for some in (jobs, pending))
-            done = "" if total == still else f", of which {total - still:,} are there already"
-            print(f"{out}: {total:,} bytes in {len(jobs)} shards{done}", file=progress, flush=True)
+            there = "" if total == still else f", of which {total - still:,} are there already"
+            print(f"{out}: {total:,} bytes in {len(jobs)} shards{there}", file=progress, flush=True)
         check_space(out, pending)
-        return [job.name for job in pending]
+        return True
 
-    with contextlib.ExitStack() as held:
-        on_first_rank(lambda: held.enter_context(locked(out)))
-        names = on_first_rank(start)
-        if names is None:
-            return None
-        pending = [job for job in jobs if job.name in set(names)]
-        work_off(out, pending, splits, encoders, config.dtype, together, progress if rank.is_first else None)
-        return on_first_rank(lambda: finish(out, settings, jobs))
+    def work(job: Job, claim, count: list[int]) -> None:
+        def tell(num_residues: int):
+            count[0] += num_residues
+            line.show()
+
+        do_job(out, job, claim, by_split[job.split], encoders, config.dtype, together, tell)
+
+    if not on_first_rank(start):
+        return None
+    line = Progress(out, jobs, claims, progress)
+    manifest = work_off(out, settings, jobs, claims, work, line.show)
+    line.end()
+    return manifest
 
 
-def work_off(out: Path, jobs: Sequence[Job], splits, encoders, dtype: str, together: bool, progress: TextIO | None) -> None:
-    """Takes one job after the other until none is left, and waits for those of the other ranks."""
-    board, by_split = Board(), {shards.split: shards for shards in splits}
-    line = Progress(jobs, board, progress)
+def work_off(out: Path, settings: dict, jobs: Sequence[Job], claims: Claims, work, show) -> dict:
+    """Takes one job after the other until all are done, those of dead processes too; then one process finishes."""
+    while (manifest := read_json(out / MANIFEST_NAME)) is None:
+        try:
+            took = take_one(out, settings, jobs, claims, work)
+        except (CacheError, OSError):
+            if not (out / MANIFEST_NAME).is_file():  # else another process has just finished, and tidied up
+                raise
+            continue
+        show()
+        if not took:
+            time.sleep(POLL_SECONDS)
+    claims.clear()
+    return manifest
 
-    def tell(num_residues: int):
-        board.tell(num_residues)
-        line.show()
 
-    try:
-        while (number := board.next_job()) < len(jobs):
-            board.counts()
-            do_job(out, jobs[number], by_split[jobs[number].split], encoders, dtype, together, tell)
-            board.end_job()
-    except CacheError:
-        raise
-    except BaseException as error:
-        board.fail(f"{type(error).__name__}: {error}")
-        raise
-    while board.counts()[0] < len(jobs):
-        line.show()
-        time.sleep(POLL_SECONDS)
-    line.show(last=True)
+def take_one(out: Path, settings: dict, jobs: Sequence[Job], claims: Claims, work) -> bool:
+    """Does a job that nobody is at, or finishes where all are done; whether there was such. After a claim it is looked
+    again: another may have done the work meanwhile, and let go."""
+    done = done_names(out)
+    pending = [job for job in jobs if job.name not in done]
+    if not pending:
+        with claims.claim("manifest") as claim:
+            if claim and not (out / MANIFEST_NAME).is_file():
+                finish(out, settings, jobs)
+            return claim is not None
+    for job in pending:
+        count = [0]
+        with claims.claim(job.name, lambda: count[0]) as claim:
+            if claim and not (out / WORK_NAME / job.name).is_dir():
+                work(job, claim, count)
+            if claim:
+                return True
+    return False

@@ -48,12 +48,16 @@ def check_encoders(
 ) -> Iterator[Result]:
     """Results as they come. `structure` and `embedding` go together: the golden value of ESM-IF1.
 
-    Raises ValueError where nothing is asked for, or half of a golden value.
+    Raises ValueError where nothing is asked for, or half of a golden value, or for a device that is not there.
     """
     if esm2 is None and esm_if1 is None:
         raise ValueError("nothing to check: give --esm2, --esm-if or both")
     if (structure is None) != (embedding is None) or (structure is not None and esm_if1 is None):
         raise ValueError("a golden value is --structure and --embedding together, with --esm-if")
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
+        raise ValueError(f"the device {device} cannot be used here: {str(error).splitlines()[0]}") from error
     options = {"weights_dir": weights_dir, "device": device, "dtype": dtype}
     if esm2 is not None:
         yield from _check("ESM-2", esm2, load_esm2, _esm2_file, options)

@@ -7,14 +7,14 @@ float32 and go back to the dtype of the weights. Given up: no language-model hea
 """
 
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
 from proteingpt.encoders import packed
-from proteingpt.encoders.packed import Affine, Norm, SelfAttention, Segments
+from proteingpt.encoders.packed import Norm, Place, Segments, TransformerLayer
 
 # Trained with 15 % of the letters hidden, 80 % of those by <mask> rows that are set to zero: without any, the others
 # are scaled to the same mean (fair-esm, `ESM2.forward`, token_dropout).
@@ -22,12 +22,16 @@ TOKEN_DROPOUT_SCALE = 1 - 0.15 * 0.8
 
 
 class Layer(NamedTuple):
-    attention_norm: Norm
-    attention: SelfAttention
+    block: TransformerLayer
     inv_freq: torch.Tensor  # float32 (C / 2,)
-    feed_norm: Norm
-    up: Affine
-    down: Affine
+
+    @classmethod
+    def of(cls, place: Place, number: int, previous: torch.Tensor | None) -> "Layer":
+        prefix = f"layers.{number}"
+        inv_freq = place(f"{prefix}.self_attn.rot_emb.inv_freq")
+        # They are the same in every published layer; one tensor for all saves making the tables again.
+        shared = previous is not None and torch.equal(previous, inv_freq)
+        return cls(TransformerLayer.of(place, prefix), previous if shared else inv_freq)
 
 
 class PackedESM2(NamedTuple):
@@ -40,14 +44,12 @@ class PackedESM2(NamedTuple):
     final_norm: Norm | None
 
     @classmethod
-    def of(cls, cfg: Namespace, place: Callable[[str], torch.Tensor], layer: int) -> "PackedESM2":
+    def of(cls, cfg: Namespace, place: Place, layer: int) -> "PackedESM2":
         """place(name): the tensor of that name (fair-esm's), where and as it is to be used; asked only for `layer`."""
         layers: list[Layer] = []
         for number in range(layer):
-            layers.append(_layer(place, number, layers[-1].inv_freq if layers else None))
-        final_norm = None
-        if layer == cfg.encoder_layers:
-            final_norm = Norm(*(place(f"emb_layer_norm_after.{part}") for part in ("weight", "bias")))
+            layers.append(Layer.of(place, number, layers[-1].inv_freq if layers else None))
+        final_norm = Norm.of(place, "emb_layer_norm_after") if layer == cfg.encoder_layers else None
         scale = TOKEN_DROPOUT_SCALE if cfg.token_dropout else 1.0
         return cls(cfg.encoder_attention_heads, scale, place("embed_tokens.weight"), tuple(layers), final_norm)
 
@@ -70,29 +72,8 @@ class PackedESM2(NamedTuple):
             if layer.inv_freq is not inv_freq:
                 inv_freq = layer.inv_freq
                 cos, sin = rotary_tables(segments.positions, inv_freq)
-            q, k, v = layer.attention.project(layer.attention_norm(x), self.num_heads)
-            attended = packed.attend(rotate(q, cos, sin), rotate(k, cos, sin), v, segments)
-            x += layer.attention.out(attended.flatten(1))
-            x += layer.down(layer.up(layer.feed_norm(x), "gelu"))
+            x = layer.block(x, self.num_heads, segments, "gelu", lambda values: rotate(values, cos, sin))
         return self.final_norm(x) if self.final_norm else x
-
-
-def _layer(place: Callable[[str], torch.Tensor], number: int, previous: torch.Tensor | None) -> Layer:
-    prefix = f"layers.{number}"
-    names = [f"self_attn.{letter}_proj" for letter in "qkv"] + ["self_attn.out_proj", "fc1", "fc2"]
-    names += ["self_attn_layer_norm", "final_layer_norm"]
-    tensors = {f"{name}.{part}": place(f"{prefix}.{name}.{part}") for name in names for part in ("weight", "bias")}
-    inv_freq = place(f"{prefix}.self_attn.rot_emb.inv_freq")
-    # They are the same in every published layer; one tensor for all saves making the tables again.
-    shared = previous is not None and torch.equal(previous, inv_freq)
-    return Layer(
-        attention_norm=packed.norm(tensors, "self_attn_layer_norm"),
-        attention=SelfAttention.of(tensors, "self_attn"),
-        inv_freq=previous if shared else inv_freq,
-        feed_norm=packed.norm(tensors, "final_layer_norm"),
-        up=packed.affine(tensors, "fc1"),
-        down=packed.affine(tensors, "fc2"),
-    )
 
 
 def rotary_tables(positions: torch.Tensor, inv_freq: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,7 @@ Every linear map sees one (N, D) matrix, so nothing is computed for padding; onl
 protein ends. Weights are plain tensors in tuples, not modules: no `.to(dtype)` or engine can get at them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,9 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # an older torch: one call for each protein serves there too
     varlen_attn = None
+
+# place(name): the tensor of fair-esm's name, where and as it is to be used.
+Place = Callable[[str], torch.Tensor]
 
 # Rows in one pack, if more than one protein is in it. Enough to keep a GPU busy, few enough for a CPU's cache.
 MAX_ROWS = 4096
@@ -50,6 +53,10 @@ class Affine(NamedTuple):
     weight: torch.Tensor
     bias: torch.Tensor | None = None
 
+    @classmethod
+    def of(cls, place: Place, name: str) -> "Affine":
+        return cls(place(f"{name}.weight"), place(f"{name}.bias"))
+
     def __call__(self, x: torch.Tensor, activation: str = "none") -> torch.Tensor:
         return linear(x, self.weight, self.bias, activation)
 
@@ -59,6 +66,10 @@ class Norm(NamedTuple):
 
     weight: torch.Tensor
     bias: torch.Tensor
+
+    @classmethod
+    def of(cls, place: Place, name: str, weight: str = "weight") -> "Norm":
+        return cls(place(f"{name}.{weight}"), place(f"{name}.bias"))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, eps=1e-5)
@@ -113,12 +124,10 @@ class SelfAttention(NamedTuple):
     out: Affine
 
     @classmethod
-    def of(cls, tensors: dict[str, torch.Tensor], prefix: str) -> "SelfAttention":
+    def of(cls, place: Place, prefix: str) -> "SelfAttention":
         """From fair-esm's names below `prefix`: q_proj, k_proj, v_proj, out_proj."""
-        weight, bias = (
-            torch.cat([tensors[f"{prefix}.{name}_proj.{part}"] for name in "qkv"]) for part in ("weight", "bias")
-        )
-        return cls(Affine(weight, bias), affine(tensors, f"{prefix}.out_proj"))
+        parts = [Affine.of(place, f"{prefix}.{name}_proj") for name in "qkv"]
+        return cls(Affine(*map(torch.cat, zip(*parts))), Affine.of(place, f"{prefix}.out_proj"))
 
     def project(self, x: torch.Tensor, num_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q, k, v of x (N, D), each (N, H, C)."""
@@ -130,12 +139,39 @@ class SelfAttention(NamedTuple):
         return q, k, linear(x, self.qkv.weight[cut:], self.qkv.bias[cut:]).view(len(x), num_heads, -1)
 
 
-def affine(tensors: dict[str, torch.Tensor], name: str) -> Affine:
-    return Affine(tensors[f"{name}.weight"], tensors.get(f"{name}.bias"))
+class TransformerLayer(NamedTuple):
+    """Layer norms before attention and before the feed-forward part, as both encoders have it."""
 
+    attention_norm: Norm
+    attention: SelfAttention
+    feed_norm: Norm
+    up: Affine
+    down: Affine
 
-def norm(tensors: dict[str, torch.Tensor], name: str) -> Norm:
-    return Norm(tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+    @classmethod
+    def of(cls, place: Place, prefix: str) -> "TransformerLayer":
+        """From fair-esm's names below `prefix`."""
+        return cls(
+            attention_norm=Norm.of(place, f"{prefix}.self_attn_layer_norm"),
+            attention=SelfAttention.of(place, f"{prefix}.self_attn"),
+            feed_norm=Norm.of(place, f"{prefix}.final_layer_norm"),
+            up=Affine.of(place, f"{prefix}.fc1"),
+            down=Affine.of(place, f"{prefix}.fc2"),
+        )
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        num_heads: int,
+        segments: Segments,
+        activation: str,
+        turned: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
+    ) -> torch.Tensor:
+        """x (N, D), changed in place. turned: q and k (N, H, C) with their positions in them."""
+        q, k, v = self.attention.project(self.attention_norm(x), num_heads)
+        x += self.attention.out(attend(turned(q), turned(k), v, segments).flatten(1))
+        x += self.down(self.up(self.feed_norm(x), activation))
+        return x
 
 
 def packs(lengths: Sequence[int], max_rows: int) -> Iterator[list[int]]:

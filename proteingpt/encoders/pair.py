@@ -1,19 +1,19 @@
 """The two frozen encoders as the model wants them: rows of a list of proteins, structure and sequence.
 
-Each protein is encoded by itself, so that its rows are a function of the protein alone, to the bit: they do not depend on
-what shares its pack, on what an interrupted run had already met, or on whether they come from a cache. Given up: the few
-percent that proteins packed into one forward save on a CPU (more on a GPU; benchmarks/README.md).
+Each protein is encoded by itself, so that its rows are a function of the protein alone, to the bit: they do not depend
+on what shares its pack, on what an interrupted run had already met, or on whether they come from a cache. Given up: the
+few percent that proteins packed into one forward save on a CPU (more on a GPU; benchmarks/README.md).
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from proteingpt.config import NO_ENCODER, ConfigError, EncodersConfig
-from proteingpt.encoders.esm2 import load_esm2
-from proteingpt.encoders.esm_if1 import load_esm_if1
+from proteingpt.encoders.esm2 import load_esm2, read_esm2
+from proteingpt.encoders.esm_if1 import load_esm_if1, read_esm_if1
 from proteingpt.encoders.weights import find_weights
 from proteingpt.protein import Protein
 
@@ -46,9 +46,22 @@ class Encoders:
         for name in ("esm2", "esm_if1"):
             value = getattr(config, name)
             if value is None:
-                raise ConfigError(f"encoders.{name} is not set: give a published name, the path of its weights, or none")
+                raise ConfigError(
+                    f"encoders.{name} is not set: give a published name, the path of its weights, or none"
+                )
             if value != NO_ENCODER:
                 find_weights(value, config.weights_dir)
+
+    @staticmethod
+    def widths(config: EncodersConfig) -> dict[str, int]:
+        """{part: columns of its rows}, from the heads of the files."""
+
+        def width(name_or_path: str, read_settings: Callable) -> int:
+            if name_or_path == NO_ENCODER:
+                return 0
+            return read_settings(find_weights(name_or_path, config.weights_dir))[0].encoder_embed_dim
+
+        return {"structure": width(config.esm_if1, read_esm_if1), "sequence": width(config.esm2, read_esm2)}
 
     @classmethod
     def load(cls, config: EncodersConfig, device) -> "Encoders":
@@ -95,9 +108,12 @@ class Remembering:
         self.kept: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
         self.num_bytes = 0
 
-    def encode(self, proteins: Sequence[Protein]) -> Rows:
-        new = {p.key: p for p in proteins if p.key not in self.kept}
+    def encode(self, proteins: Sequence[Protein], made: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = {}) -> Rows:
+        """made: rows by key that were computed elsewhere, to be taken instead of computing them."""
+        missing = {p.key: p for p in proteins if p.key not in self.kept}
+        new = {key: protein for key, protein in missing.items() if key not in made}
         fresh = dict(zip(new, zip(*self.encoders.encode(list(new.values()))))) if new else {}
+        fresh |= {key: made[key] for key in missing if key in made}
         rows = [self.kept.get(p.key) or fresh[p.key] for p in proteins]
         for key, pair in fresh.items():
             self.keep(key, pair)

@@ -1,7 +1,8 @@
-"""The rows of one protein as bytes: a safetensors file with `structure` and `sequence`, one member of an embedding shard.
+"""The rows of one protein as bytes: a safetensors file with `structure` and `sequence`, one member of an embedding
+shard.
 
-R rows (L + 2), W width. Written by our own few lines, so that the size follows from the lengths alone and is known before
-anything is encoded; read without a copy. Any safetensors library reads it.
+R rows (L + 2), W width. Written by our own few lines, so that the size follows from the lengths alone and is known
+before anything is encoded; read without a copy. Any safetensors library reads it.
 """
 
 import hashlib

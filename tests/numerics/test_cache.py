@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import webdataset
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ranks import RankError
+
+from proteingpt.data.shards import ShardSet, write_shards
 
 DEMO = ["--demo.num_proteins", "20", "--demo.llm_width", "32", "--demo.llm_layers", "2", "--seed", "7"]
 SHORT = [
@@ -30,7 +33,7 @@ def cache_on_rank(rank, device, data: str, out: str, weights: str, changes: dict
 
     torch.set_num_threads(1)
     config = {"esm2": f"{weights}/esm2_demo.pt", "esm_if1": f"{weights}/esm_if1_demo.pt", "dtype": "float32", **changes}
-    return cache_embeddings(data, out, EncodersConfig(**config), rank, device, **options)
+    return cache_embeddings(data, out, EncodersConfig(**config), device, **options)
 
 
 def train_on_rank(rank, device, argv: list[str]) -> list[str]:
@@ -113,7 +116,9 @@ def test_one_rank_and_two_write_the_same_bytes_and_any_reader_reads_them(demo_as
         assert {len(r) for r in rows.values()} == {len(of_data["sequence.txt"]) + 2}
 
 
-def test_without_any_encoder_on_the_disk_the_weights_learned_are_the_same_to_the_bit(assets, cache, live, worlds, tmp_path):
+def test_without_any_encoder_on_the_disk_the_weights_learned_are_the_same_to_the_bit(
+    assets, cache, live, worlds, tmp_path
+):
     worlds(2)(train_on_rank, command(assets, tmp_path / "run", "--embeddings", str(cache)))
     learned, wanted = weights(tmp_path / "run"), weights(live)
     assert learned.keys() == wanted.keys() and all((learned[name] == wanted[name]).all() for name in wanted)
@@ -122,6 +127,33 @@ def test_without_any_encoder_on_the_disk_the_weights_learned_are_the_same_to_the
     models = [json.loads((run / "model" / "model.json").read_text()) for run in (tmp_path / "run", live)]
     for name in ("esm2_fingerprint", "esm_if1_fingerprint", "structure_width", "sequence_width", "encoder_dtype"):
         assert models[0][name] == models[1][name], name
+
+
+def test_in_bf16_too_the_losses_and_the_weights_learned_are_the_same_to_the_bit(demo_assets, assets, worlds, tmp_path):
+    """As real runs are: encoders and cache in bf16."""
+    shards, data = ShardSet(demo_assets, "train"), tmp_path / "data"
+    samples = [shards.read(number) for number in range(5)]
+    write_shards(data, {"train": samples[:4], "test": samples[4:]}, samples_per_shard=2, options={})
+    worlds(1)(cache_on_rank, str(data), str(tmp_path / "esm"), str(demo_assets), {"dtype": "bfloat16"}, {})
+    half = ("--data", str(data), "--encoders.dtype", "bfloat16", "--instruct.max_steps", "1")
+    worlds(1)(train_on_rank, command(demo_assets, tmp_path / "live", *half))
+    worlds(1)(train_on_rank, command(assets, tmp_path / "cached", "--embeddings", str(tmp_path / "esm"), *half))
+    losses = [loss_curve(tmp_path / run) for run in ("cached", "live")]
+    assert losses[0] == losses[1] and len(losses[0]) == 3
+    learned, wanted = weights(tmp_path / "cached"), weights(tmp_path / "live")
+    assert learned.keys() == wanted.keys() and all((learned[name] == wanted[name]).all() for name in wanted)
+    models = [json.loads((tmp_path / run / "model" / "model.json").read_text()) for run in ("cached", "live")]
+    assert [model["encoder_dtype"] for model in models] == ["bfloat16"] * 2
+
+
+def loss_curve(run: Path) -> list[float]:
+    """Of both stages, each step as it is in TensorBoard."""
+    found = []
+    for stage in ("align", "instruct"):
+        events = EventAccumulator(str(run / "tensorboard" / stage))
+        events.Reload()
+        found += [event.value for event in events.Scalars("learning/loss")]
+    return found
 
 
 def damage(cache: Path, copy: Path) -> str:
@@ -149,9 +181,16 @@ def test_a_broken_entry_is_computed_anew_where_the_encoders_are_at_hand(demo_ass
 
 def test_a_broken_entry_is_named_and_set_aside_where_they_are_not(assets, cache, worlds, tmp_path):
     key = damage(cache, tmp_path / "damaged")
-    worlds(2)(train_on_rank, command(assets, tmp_path / "run", "--embeddings", str(tmp_path / "damaged"), "--data.max_bad_share", "1"))
+    worlds(2)(
+        train_on_rank,
+        command(assets, tmp_path / "run", "--embeddings", str(tmp_path / "damaged"), "--data.max_bad_share", "1"),
+    )
     assert (tmp_path / "run" / "report.json").is_file()
-    lines = [json.loads(line) for file in (tmp_path / "run").glob("set_aside-*.jsonl") for line in file.read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for file in (tmp_path / "run").glob("set_aside-*.jsonl")
+        for line in file.read_text().splitlines()
+    ]
     assert {line["key"] for line in lines} == {key} and "wrong checksum" in lines[0]["reason"]
 
 
@@ -162,7 +201,9 @@ def test_a_broken_entry_is_named_and_set_aside_where_they_are_not(assets, cache,
         (["--data", "{others}"], "10 of 30 samples are not in it .demo00020_A"),
     ],
 )
-def test_a_cache_that_does_not_fit_is_refused_with_what_differs(assets, cache, worlds, tmp_path, other_files, more, said):
+def test_a_cache_that_does_not_fit_is_refused_with_what_differs(
+    assets, cache, worlds, tmp_path, other_files, more, said
+):
     more = [word.format(**other_files) for word in more]
     argv = command(assets, tmp_path / "run", "--embeddings", str(cache), *more)
     with pytest.raises(RankError, match=said):

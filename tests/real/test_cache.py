@@ -1,4 +1,5 @@
-"""The published embeddings, real output of ESM-IF1, become a cache; training on real abstracts and questions runs on it."""
+"""The published embeddings, real output of ESM-IF1, become a cache; training on real abstracts and questions runs on
+it."""
 
 import json
 from pathlib import Path
@@ -30,17 +31,18 @@ def trained(tmp_path_factory):
     )
     assert built.returncode == 0, built.stderr[-2000:]
     cached = execute(
-        f"python launch/cache_embeddings.py --data shards/published --out shards/published-esm --from-published {REAL}/pt",
+        "python launch/cache_embeddings.py --data shards/published --out shards/published-esm --from-published "
+        f"{REAL}/pt",
         folder,
     )
     assert cached.returncode == 0, cached.stderr[-2000:]
     process = execute(
-        "python launch/train.py --ds_config ds_configs/zero2.json --data shards/published --embeddings shards/published-esm "
-        "--encoders.esm2 none --encoders.esm_if1 esm_if1_gvp4_t16_142M_UR50 --encoders.dtype bfloat16 --output runs/published "
-        "--demo.num_proteins 20 --demo.llm_width 48 --demo.llm_layers 1 --data.max_residues 220 "
-        "--align.max_steps 12 --align.samples_per_step 8 --align.warmup_steps 2 --instruct.max_steps 16 "
-        "--instruct.samples_per_step 32 --instruct.warmup_steps 2 --evaluation.every_steps 6 --evaluation.num_proteins 6 "
-        "--evaluation.questions_per_protein 6 --evaluation.max_new_tokens 6",
+        "python launch/train.py --ds_config ds_configs/zero2.json --data shards/published --embeddings "
+        "shards/published-esm --encoders.esm2 none --encoders.esm_if1 esm_if1_gvp4_t16_142M_UR50 --encoders.dtype "
+        "bfloat16 --output runs/published --demo.num_proteins 20 --demo.llm_width 48 --demo.llm_layers 1 "
+        "--data.max_residues 220 --align.max_steps 12 --align.samples_per_step 8 --align.warmup_steps 2 "
+        "--instruct.max_steps 16 --instruct.samples_per_step 32 --instruct.warmup_steps 2 --evaluation.every_steps 6 "
+        "--evaluation.num_proteins 6 --evaluation.questions_per_protein 6 --evaluation.max_new_tokens 6",
         folder,
     )
     assert process.returncode == 0, process.stderr[-3000:]
@@ -66,7 +68,7 @@ def test_the_held_out_loss_falls_on_real_abstracts_and_questions(trained, stage)
     folder, _, _ = trained
     events = EventAccumulator(str(folder / "runs/published/tensorboard" / stage))
     events.Reload()
-    held_out = [event.value for event in events.Scalars("held_out_loss")]
+    held_out = [event.value for event in events.Scalars("learning/held_out_loss")]
     assert len(held_out) >= 2 and held_out[-1] < held_out[0]
 
 

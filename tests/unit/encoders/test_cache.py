@@ -2,18 +2,26 @@
 
 import dataclasses
 import json
+import re
 import shutil
+import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
 
+from proteingpt.cluster.spec import parse_cluster
 from proteingpt.config import EncodersConfig
 from proteingpt.data.shards import ShardError, ShardSet, write_shards
+from proteingpt.distributed import Rank
 from proteingpt.encoders.cache import (
     BrokenRows, CacheError, CachedEncoders, CachedRows, check, encoder_differences, hashes_at_hand, with_names,
 )  # fmt: skip
-from proteingpt.encoders.cache_run import Published, all_jobs, begin, check_space, do_job, finish, progress_line, settings_of
+from proteingpt.encoders.cache_command import show_estimate
+from proteingpt.encoders.cache_run import all_jobs, begin, check_space, do_job, finish, progress_line, settings_of
+from proteingpt.encoders.cache_shard import Published
+from proteingpt.encoders.claims import Claims
 from proteingpt.encoders.pair import Encoders
 from proteingpt.protein import Sample, Turn
 
@@ -50,7 +58,8 @@ def make_cache(data, out, config, encoders=None, together=False) -> dict:
     jobs = all_jobs(list(splits.values()), widths, config.dtype)
     assert begin(out, settings, False)
     for job in jobs:
-        do_job(out, job, splits[job.split], encoders, config.dtype, together, lambda num_residues: None)
+        with Claims(out / ".claims").claim(job.name) as claim:
+            do_job(out, job, claim, splits[job.split], encoders, config.dtype, together, lambda num_residues: None)
     manifest = finish(out, settings, jobs)
     if not manifest["left_out"]:
         assert {s["file"]: s["num_bytes"] for ss in manifest["splits"].values() for s in ss} == {
@@ -151,7 +160,9 @@ def test_a_recipe_of_other_encoders_is_told_in_what(cache, config, sets, tmp_pat
     assert differences(esm2_layer=2) == differences(esm2="none") == differences(esm2=None, esm_if1=None) == []
     # Weights that are not there are known by their name; those that are, by their bytes.
     assert differences(esm2=str(tmp_path / "tiny.pt")) == []
-    assert differences(esm2="esm2_t36_3B_UR50D") == ["encoders.esm2 is 'esm2_t36_3B_UR50D', the cache's rows are of tiny"]
+    assert differences(esm2="esm2_t36_3B_UR50D") == [
+        "encoders.esm2 is 'esm2_t36_3B_UR50D', the cache's rows are of tiny"
+    ]
     (tmp_path / "tiny.pt").write_bytes(b"other weights")
     (line,) = differences(esm2=str(tmp_path / "tiny.pt"))
     assert "have sha256" in line and manifest["encoders"]["sequence"]["sha256"][:12] in line
@@ -174,6 +185,15 @@ def test_other_directories_are_not_taken_for_caches_and_not_overwritten(cache, d
         with pytest.raises(CacheError, match="holds"):
             begin(data, settings, overwrite)
     assert sorted(path.name for path in data.iterdir()) == before
+    copy = tmp_path / "copy"
+    shutil.copytree(cache, copy)
+    assert not begin(copy, json.loads((copy / "manifest.json").read_text()), True), "the same was removed"
+    with Claims(copy / ".claims").claim("begin"):
+        assert begin(copy, settings, True) and not list(copy.glob("*.tar"))
+    with Claims(copy / ".claims").claim("train-00000"):  # a run that is at work is not robbed
+        with pytest.raises(CacheError, match=r"process \d+ on .* writes train-00000 of other embeddings"):
+            begin(copy, settings | {"dtype": "float16"}, True)
+    assert (copy / ".work").is_dir()
 
 
 def test_a_disk_that_is_too_small_is_named_with_both_numbers(tmp_path, sets):
@@ -188,7 +208,9 @@ def test_published_rows_convert_and_those_that_do_not_fit_are_named(data, tmp_pa
     """p1 has its file; p2's is of another length; the others have none."""
     rows = torch.randn(len(samples[1].protein) + 2, 1, 512)
     torch.save(rows, tmp_path / "1abc.pt")
-    named = [dataclasses.replace(s, protein=dataclasses.replace(s.protein, id=f"{i}abc")) for i, s in enumerate(samples[:4])]
+    named = [
+        dataclasses.replace(s, protein=dataclasses.replace(s.protein, id=f"{i}abc")) for i, s in enumerate(samples[:4])
+    ]
     torch.save(torch.randn(4, 1, 512), tmp_path / "2abc.pt")
     write_shards(tmp_path / "data", {"train": named[:3], "test": named[3:]}, samples_per_shard=5, options={})
     config = EncodersConfig(esm2="none", esm_if1="esm_if1_gvp4_t16_142M_UR50", dtype="float32")
@@ -202,6 +224,21 @@ def test_published_rows_convert_and_those_that_do_not_fit_are_named(data, tmp_pa
         CachedEncoders(tmp_path / "out", config, "cpu").encode([named[0].protein])
 
 
+def test_the_estimate_for_a_cluster_by_given_rates_loads_no_weights(data, config, capsys, monkeypatch):
+    """67 + 18 residues by one rank of 2 residues/s and two of 1."""
+    monkeypatch.setattr(Encoders, "load", None)
+    asked = {"rates": [2.0, 1.0], "cluster": parse_cluster("1xH100-80,2xA100-40"), "ranks": None}
+    options = Namespace(data=str(data), epochs=3, readings=2, **asked)
+    show_estimate(options, config, Rank(0, 1, 0, "127.0.0.1", 0, "none"), None, sys.stdout)
+    said = capsys.readouterr().out
+    assert "4 in all: 1 x H100-80 at 2, given by --rates; 2 x A100-40 at 1, given by --rates" in said
+    lines = re.findall(r"^hours (?:to cache|live, .*\)|live, each epoch) +([\d.e-]+)", said, re.MULTILINE)
+    hours = [float(number) for number in lines]
+    assert hours == pytest.approx([85 / 4 / 3600, 2 * 67 / 4 / 3600, 3 * 2 * 67 / 4 / 3600], rel=0.01)
+
+
 def test_the_progress_line_by_hand():
-    line = progress_line(3, 1_000, 4, 4_000, 8 * 10**9, 100.0)
+    line = progress_line(3, 1_000, 4, 4_000, 8 * 10**9, 1_000, 100.0)
     assert line == "3/4 shards  25.0% of 4,000 residues  2.00 of 8.00 GB  10 residues/s  5.0 min left"
+    resumed = progress_line(3, 1_000, 4, 4_000, 8 * 10**9, 500, 100.0)  # the other half was there at the start
+    assert resumed.endswith("5 residues/s  10.0 min left")

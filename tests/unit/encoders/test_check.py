@@ -57,6 +57,12 @@ def test_half_a_golden_value_or_nothing_to_check_is_refused(esm2_file, tmp_path)
             failed(esm2=str(esm2_file), **options)
 
 
+def test_a_device_that_is_not_there_is_refused(esm2_file):
+    for device in ("cuda:99", "abacus"):
+        with pytest.raises(ValueError, match=f"the device {device} cannot be used here: "):
+            failed(esm2=str(esm2_file), device=device)
+
+
 def test_an_error_that_is_no_number_is_no_agreement():
     rows = torch.ones(3, 2)
     assert relative_error(rows, rows) == 0

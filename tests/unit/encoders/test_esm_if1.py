@@ -3,24 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from row_errors import largest_error, relative_error
 from scipy.spatial.transform import Rotation
 
 from proteingpt.encoders import fair_esm, load_esm_if1, weights
 from proteingpt.encoders.esm_if1 import NUM_TOKENS, code_name, esm_if1_shapes, inputs_of, read_esm_if1
-from proteingpt.encoders.esm_if1_packed import FIRST_POSITION, MASK_TOKEN, chunks_of, sum_segments
+from proteingpt.encoders.esm_if1_packed import FIRST_POSITION, MASK_TOKEN
 from proteingpt.encoders.packed import tensors_in
-
-
-def relative_error(found, wanted) -> float:
-    return ((found.float() - wanted).norm() / wanted.norm()).item()
-
-
-def largest_error(found, wanted) -> float:
-    """Of any value, in units of the root mean square of what is wanted."""
-    return ((found - wanted).abs().max() / wanted.square().mean().sqrt()).item()
-
 
 BACKENDS = ("fast", "reference")
 
@@ -231,14 +220,19 @@ def test_the_input_is_not_changed(encoder, make_protein):
     assert np.array_equal(before, protein.backbone, equal_nan=True)
 
 
-def test_the_fast_forward_equals_fair_esms_code_in_any_mixture(fast, reference, make_protein):
+def test_the_fast_forward_equals_fair_esm_in_any_mixture(fast, published, make_protein):
+    """fair-esm as it is, one protein at a time, missing residues as its inf."""
     gaps = {1: [], 2: [1], 13: [0, 12], 60: range(20, 50), 400: [7, 8, 250], 900: []}
     proteins = [make_protein(length, seed=3, missing=missing) for length, missing in gaps.items()]
     proteins.append(make_protein(30, seed=4, missing=range(30)))
     proteins.append(make_protein(70, seed=5, confidence=np.linspace(0.2, 1, 70, dtype=np.float32)))
+    broken = make_protein(50, seed=6).backbone
+    broken[20:] += np.float32([60, -10, 5])  # a chain break: no residue is missing, the next is far away
+    proteins.append(make_protein(50, seed=6, backbone=broken))
     for protein, found in zip(proteins, fast.encode(proteins), strict=True):
-        (wanted,) = reference.encode([protein])
-        assert largest_error(found, wanted) < 1e-5, len(protein)
+        coords = np.where(np.isnan(protein.backbone), np.inf, protein.backbone)
+        confidence = None if protein.confidence is None else protein.confidence.tolist()
+        assert largest_error(found, rows_of_fair_esm(*published, coords, confidence)) < 1e-5, len(protein)
 
 
 def ideal_helix(length: int) -> np.ndarray:
@@ -263,23 +257,6 @@ def test_chunks_of_edges_and_of_distances_do_not_show(fast, make_protein, monkey
     monkeypatch.setattr("proteingpt.encoders.esm_if1_geometry._MAX_PAIRS", 300)
     for found, rows in zip(fast.encode(proteins), wanted, strict=True):
         assert torch.allclose(found, rows, atol=1e-5)
-
-
-@settings(deadline=None)
-@given(counts=st.lists(st.integers(0, 40), min_size=1, max_size=60), most=st.integers(1, 100))
-def test_chunks_cover_all_nodes_once_and_hold_no_more_edges_than_said(counts, most):
-    runs = list(chunks_of(np.array(counts), most))
-    assert [node for first, end in runs for node in range(first, end)] == list(range(len(counts)))
-    assert all(sum(counts[first:end]) <= most or end - first == 1 for first, end in runs)
-
-
-def test_sums_over_runs_of_edges_by_hand():
-    """The way taken on a GPU, where adding by index has no fixed order."""
-    values = torch.arange(12.0).view(6, 2)
-    found = sum_segments(values, torch.tensor([0, 2, 1, 0, 3]))
-    assert found.tolist() == [[0, 0], [2, 4], [4, 5], [0, 0], [24, 27]]
-    cubes = torch.arange(24.0).view(4, 2, 3)
-    assert torch.equal(sum_segments(cubes, torch.tensor([1, 3]))[1], cubes[1:].sum(0))
 
 
 @pytest.mark.parametrize("others", [[30], [12, 45]])

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from row_errors import relative_error
 from safetensors.torch import load_file, save_file
 from transformers import EsmConfig, EsmForMaskedLM
 
@@ -56,10 +57,6 @@ def to_published(tensors):
         tensors[name.replace("gamma", "weight").replace("beta", "bias")] = tensors.pop(name)
     for layer in range(3):
         tensors[f"esm.encoder.layer.{layer}.attention.self.rotary_embeddings.inv_freq"] = inv_freq.clone()
-
-
-def relative_error(found, wanted) -> float:
-    return ((found - wanted).norm() / wanted.norm()).item()
 
 
 @pytest.mark.parametrize("backend", ["fast", "reference"])

@@ -61,8 +61,8 @@ def test_structure_rows_are_from_esm_if1_and_sequence_rows_from_esm2(encoders, p
 
 
 def test_rows_do_not_depend_on_the_other_proteins_to_the_bit(encoders, proteins):
-    """Packed into one forward they would, in the last bits: so what a pack shares, what a resumed run has met before, and
-    what a cache was made with would show in the losses."""
+    """Packed into one forward they would, in the last bits: so what a pack shares, what a resumed run has met before,
+    and what a cache was made with would show in the losses."""
     wanted = alone(encoders, proteins)
     assert_equal_rows(encoders.encode(proteins), wanted)
     assert_equal_rows(encoders.encode(proteins[::-1]), tuple(part[::-1] for part in wanted))

@@ -28,7 +28,9 @@ def test_the_size_is_known_beforehand_and_safetensors_reads_the_very_numbers(len
     assert metadata == {"key": key, "inputs": INPUTS}
     for found in (safetensors.torch.load(data), ours):
         assert found.keys() == wanted.keys()
-        assert all(found[part].dtype == wanted[part].dtype and torch.equal(found[part], wanted[part]) for part in wanted)
+        assert all(
+            found[part].dtype == wanted[part].dtype and torch.equal(found[part], wanted[part]) for part in wanted
+        )
 
 
 @given(cut=st.integers(0, 400), junk=st.binary(max_size=64))
