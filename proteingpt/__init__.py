@@ -9,7 +9,7 @@ def load(directory, *, device=None, max_new_tokens: int = 300):
 
     On a GPU in bf16, on a CPU in fp32. Raises ModelError, or what its encoders raise, for what cannot be loaded.
     """
-    from proteingpt.inference.chat import Assistant
+    from proteingpt.inference.assistant import Assistant
 
     return Assistant.load(directory, device=device, max_new_tokens=max_new_tokens)
 

@@ -15,12 +15,14 @@ from pathlib import Path
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
-ABSENT = None if CHROMIUM and DRIVER else "no chromium and chromedriver here: apt-get install -y chromium chromium-driver"
+ABSENT = (
+    None if CHROMIUM and DRIVER else "no chromium and chromedriver here: apt-get install -y chromium chromium-driver"
+)
 # As root, without a network, and drawing WebGL on the processor.
 OPTIONS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars",
-    "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--proxy-server=direct://",
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
+    "--hide-scrollbars", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--proxy-server=direct://",
 )  # fmt: skip
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the key of an element in WebDriver's JSON
 
@@ -82,26 +84,37 @@ class Browser:
 
     def complaints(self) -> list[str]:
         """What the page's console has of errors, refusals of the content policy among them."""
-        return [entry["message"] for entry in self.call("POST", "/se/log", {"type": "browser"}) if entry["level"] == "SEVERE"]
+        return [
+            entry["message"]
+            for entry in self.call("POST", "/se/log", {"type": "browser"})
+            if entry["level"] == "SEVERE"
+        ]
 
 
 @contextlib.contextmanager
 def browser(directory: Path):
     """directory: takes the browser's profile, and what is downloaded."""
-    scratch = tempfile.TemporaryDirectory(prefix="web", ignore_cleanup_errors=True)  # a short path: sockets are made in it
+    # a short path: sockets are made in it
+    scratch = tempfile.TemporaryDirectory(prefix="web", ignore_cleanup_errors=True)
     process = subprocess.Popen(
         [DRIVER, "--port=0"], env={**os.environ, "TMPDIR": scratch.name}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     session = None
     try:
-        port = next(found[1] for line in process.stdout if (found := re.search(r"started successfully on port (\d+)", line)))
+        port = next(
+            found[1] for line in process.stdout if (found := re.search(r"started successfully on port (\d+)", line))
+        )
         root = Browser(f"http://127.0.0.1:{port}")
         chrome = {
             "binary": CHROMIUM, "args": [*OPTIONS, f"--user-data-dir={directory / 'profile'}"],
             "prefs": {"download.default_directory": str(directory), "download.prompt_for_download": False},
         }  # fmt: skip
-        wanted = {"goog:chromeOptions": chrome, "goog:loggingPrefs": {"browser": "ALL"}, "unhandledPromptBehavior": "accept"}
+        wanted = {
+            "goog:chromeOptions": chrome,
+            "goog:loggingPrefs": {"browser": "ALL"},
+            "unhandledPromptBehavior": "accept",
+        }
         found = root.call("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})
         session = Browser(f"{root.address}/session/{found['sessionId']}")
         yield session

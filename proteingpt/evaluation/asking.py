@@ -1,9 +1,7 @@
 """What is asked of OpenAI-compatible endpoints: a judge's marks, a chat model's answers, embeddings.
 
 Every reply is kept in one SQLite file beside the report, so nothing is paid for twice, and the bound in dollars holds
-over
-all runs into that report. What an endpoint does not answer usably is counted, never scored as zero.
-"""
+over all runs into that report. What an endpoint does not answer usably is counted, never scored as zero. """
 
 import hashlib
 import json
@@ -52,10 +50,8 @@ JUDGE_SCHEMA = {
 }
 CHAT = (
     "You answer questions about a protein of the Protein Data Bank from its sequence, and reply with JSON. Answer as "
-    "the "
-    "database would: YES or NO, a number alone, or a name alone, and in a sentence only where the question asks for "
-    "one. "
-    "Give your best guess where you are not sure."
+    "the database would: YES or NO, a number alone, or a name alone, and in a sentence only where the question asks "
+    "for one. Give your best guess where you are not sure."
 )
 CHAT_SCHEMA = {
     "type": "object",
@@ -143,12 +139,12 @@ class Asker:
         if bound is not None and prices is None:
             raise EvaluationError(f"--max-usd is a bound only with prices: give --{service.kind}-prices INPUT,OUTPUT")
         self.ledger = Ledger(prices, bound, replies.spent_usd)
+        self.noted_usd, self.noting = self.ledger.spent_usd, threading.Lock()
         endpoint = service.endpoint(EmbeddingEndpoint if service.kind == "embedding" else Endpoint, **endpoint_options)
         self.client = Client(endpoint, form, self.ledger)
 
     def run(self, works: Sequence[Callable[[], object]]) -> list:
         """The values of all works, by threads. What ends one for good ends all, and what was paid is written down."""
-        before = self.ledger.spent_usd
         try:
             with ThreadPoolExecutor(NUM_THREADS) as pool:
                 futures = [pool.submit(work) for work in works]
@@ -161,14 +157,20 @@ class Asker:
         except OutOfBudget as error:
             raise EvaluationError(
                 f"--max-usd is reached: {self.ledger.spent_usd:.4f} dollars spent in all; what was answered is kept, "
-                f"so "
-                "the same command with a larger bound goes on from here"
+                "so the same command with a larger bound goes on from here"
             ) from error
         except EndpointError as error:
             raise self.service.error(error) from error
         finally:
-            if self.ledger.spent_usd != before:
-                self.replies.add_spent(self.ledger.spent_usd - before)
+            self.note_spent()
+
+    def note_spent(self):
+        """On disk after each request, since a run may be killed and its bound holds for the next one too."""
+        with self.noting:
+            spent = self.ledger.spent_usd
+            if spent != self.noted_usd:
+                self.replies.add_spent(spent - self.noted_usd)
+                self.noted_usd = spent
 
     def answer(self, prompt: str, read: Callable[[object], object]) -> object | None:
         """The reply's JSON as `read` makes of it; None where the model gives none that can be used.
@@ -185,6 +187,8 @@ class Asker:
                 value = read(parse(content))
             except (InvalidAnswer, RequestFailed):
                 continue
+            finally:
+                self.note_spent()
             self.replies.put({key: json.dumps(parse(content)).encode()})
             return value
         return None
@@ -299,4 +303,6 @@ def request_vectors(asker: Asker, texts: list[str], keys: dict[str, str]):
         if isinstance(error, EndpointError):
             raise
         raise EvaluationError(f"{asker.client.name}: no embeddings of {len(texts)} texts: {error}") from error
+    finally:
+        asker.note_spent()
     asker.replies.put({keys[text]: vector.tobytes() for text, vector in zip(texts, vectors, strict=True)})

@@ -16,10 +16,7 @@ def blind_answers(turns: Iterable[Turn]) -> dict[str, str]:
     Answers are counted in their normalised form, since they are scored so; of equally common ones the first in sorted
     order is taken, spelled as its first spelling in sorted order. So the order of the turns does not matter.
     """
-    given = defaultdict(list)
-    for turn in turns:
-        given[turn.question].append(turn.answer)
-    return {question: _commonest(texts) for question, texts in given.items()}
+    return {question: _commonest(spellings) for question, spellings in _count(turns).items()}
 
 
 def blind_accuracy(training_turns: Iterable[Turn], test_turns: Iterable[Turn]) -> float:
@@ -41,17 +38,28 @@ class BlindGuess:
     """
 
     def __init__(self, training_turns: Iterable[Turn]):
-        training_turns = list(training_turns)
-        if not training_turns:
+        given = _count(training_turns)
+        if not given:
             raise ValueError("no training turns: the blind baseline needs at least one answer to learn from")
-        self.guesses = blind_answers(training_turns)
-        self.fallback = _commonest([turn.answer for turn in training_turns])
+        self.guesses = {question: _commonest(spellings) for question, spellings in given.items()}
+        self.fallback = _commonest(sum(given.values(), Counter()))
 
     def __call__(self, question: str) -> str:
         return self.guesses.get(question, self.fallback)
 
 
-def _commonest(texts: list[str]) -> str:
-    counts = Counter(normalise(text) for text in texts)
+def _count(turns: Iterable[Turn]) -> dict[str, Counter]:
+    """Question -> how often each spelling of an answer was given: of millions of turns these are few."""
+    given = defaultdict(Counter)
+    for turn in turns:
+        given[turn.question][turn.answer] += 1
+    return given
+
+
+def _commonest(spellings: Counter) -> str:
+    forms = {text: normalise(text) for text in spellings}
+    counts = Counter()
+    for text, number in spellings.items():
+        counts[forms[text]] += number
     winner = min(counts, key=lambda form: (-counts[form], form))
-    return min(text for text in texts if normalise(text) == winner)
+    return min(text for text, form in forms.items() if form == winner)

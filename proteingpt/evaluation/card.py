@@ -7,14 +7,21 @@ silence.
 from collections.abc import Mapping
 from pathlib import Path
 
+import yaml
+
 from proteingpt.data.shards import ShardError, read_manifest
 from proteingpt.model import assemble
 
 CARD = "README.md"
+COUNTS = {"samples": "proteins", "turns": "questions", "residues": "residues"}
+# What became of the LLM, by model.train.
+LLM = {"full": "trained", "lora": "with LoRA adapters, itself frozen", "projector": "frozen"}
 
 
-def card_text(info: assemble.ModelInfo, report: Mapping, recipe: str, data: Mapping | None) -> str:
-    """Markdown. report: the run's report.json; recipe: its YAML; data: the shards' manifest, None where it is gone."""
+def card_text(info: assemble.ModelInfo, report: Mapping, recipe: str, data: Mapping[str, Mapping | None]) -> str:
+    """Markdown. report: the run's report.json; recipe: its YAML; data: {place: manifest of the shards there, None where
+    they are gone}."""
+    values = yaml.safe_load(recipe)
     name = report["recipe"]
     lines = [
         "---",
@@ -25,9 +32,8 @@ def card_text(info: assemble.ModelInfo, report: Mapping, recipe: str, data: Mapp
         "",
         f"# ProteinGPT, recipe {name}",
         "",
-        "Answers questions about a protein from its structure and sequence (arXiv 2408.11363). It is a research "
-        "model: its "
-        "answers are not checked facts.",
+        "Answers questions about a protein from its structure and sequence (arXiv 2408.11363). It is a research model: "
+        "its answers are not checked facts.",
         "",
         "```python",
         "import proteingpt",
@@ -41,7 +47,7 @@ def card_text(info: assemble.ModelInfo, report: Mapping, recipe: str, data: Mapp
         "",
         "## Parts",
         "",
-        f"- language model: `{info.llm}`{', trained' if 'train: full' in recipe else ', frozen'}",
+        f"- language model: `{info.llm}`, {LLM[(values.get('model') or {}).get('train', 'projector')]}",
         f"- ESM-2: {encoder_text(info.esm2, info.esm2_fingerprint)}",
         f"- ESM-IF1: {encoder_text(info.esm_if1, info.esm_if1_fingerprint)}",
         f"- prompt: `{info.template.before!r}` protein `{info.template.after!r}`, an answer ends with "
@@ -49,7 +55,7 @@ def card_text(info: assemble.ModelInfo, report: Mapping, recipe: str, data: Mapp
         "",
         "## Data",
         "",
-        *data_lines(data),
+        *data_lines(data, (values.get("data") or {}).get("mixture") or {}),
         "",
         "## Recipe",
         "",
@@ -76,10 +82,9 @@ def metric_lines(report: Mapping) -> list[str]:
         "|---|---|",
         f"| this model | {model:.1%} |",
         f"| blind: for each question the commonest training answer | {blind:.1%} |",
-        f"| lift: what comes from the protein | {100 * (model - blind):+.1f} points |",
+        f"| lift over blind | {100 * (model - blind):+.1f} points |",
         "",
-        "More proteins, more baselines and intervals: `python launch/evaluate.py --model DIR --data SHARDS --out "
-        "report`.",
+        "More proteins, more baselines and intervals: `python launch/evaluate.py --model DIR --out report`.",
     ]
 
 
@@ -87,25 +92,33 @@ def encoder_text(name: str, fingerprint: str) -> str:
     return f"`{name}`" + (f", sha256 {fingerprint[:16]}" if fingerprint else "")
 
 
-def data_lines(manifest: Mapping | None) -> list[str]:
-    if manifest is None:
-        return ["The shards are no longer where the recipe says: what they held is unknown."]
-    splits = [
-        f"- {split}: {totals['num_samples']} proteins, {totals['num_turns']} questions, {totals['num_residues']} "
-        f"residues"
-        for split, totals in manifest["totals"].items()
-    ]
-    options = [
-        f"- {name}: `{value}`" for name, value in sorted(manifest.get("options", {}).items()) if value is not None
-    ]
-    return [*splits, *options]
+def data_lines(data: Mapping[str, Mapping | None], weights: Mapping[str, float]) -> list[str]:
+    """weights: of a mixture."""
+    lines = []
+    for place, manifest in data.items():
+        lines.append(f"- `{place}`" + (f", weight {weights[place]:g}" if place in weights else ""))
+        if manifest is None:
+            lines.append("  - could not be read when this card was written: what it held is unknown")
+            continue
+        for split, totals in manifest["totals"].items():
+            counts = ((totals[f"num_{key}"], name) for key, name in COUNTS.items())
+            lines.append(f"  - {split}: " + ", ".join(f"{number} {name}" for number, name in counts))
+        options = sorted(manifest.get("options", {}).items())
+        lines += [f"  - {name}: `{value}`" for name, value in options if value is not None]
+    return lines or ["The recipe names no shards."]
 
 
 def write_card(directory: Path, report: Mapping, shards: str | None):
-    """README.md of an exported model. shards: the directory of the data."""
+    """README.md of an exported model. shards: the directory of the data, where the recipe has no mixture."""
     info, recipe = assemble.read_info(directory), (directory / "recipe.yaml").read_text(encoding="utf-8")
-    try:
-        data = read_manifest(shards) if shards else None
-    except ShardError:
-        data = None
+    mixture = (yaml.safe_load(recipe).get("data") or {}).get("mixture")
+    places = list(mixture) if mixture else [shards] if shards else []
+    data = {place: manifest_of(place) for place in places}
     (directory / CARD).write_text(card_text(info, report, recipe, data), encoding="utf-8")
+
+
+def manifest_of(place: str) -> Mapping | None:
+    try:
+        return read_manifest(place)
+    except ShardError:
+        return None

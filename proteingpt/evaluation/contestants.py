@@ -1,30 +1,33 @@
 """Who answers: the model, and what it is compared with. Each leaves the same files of predictions.
 
 What the model is shown is varied (another protein, none, one of its two halves, a predicted structure), or another
-answers
-in its place: a blind majority, the nearest training protein, the plain LLM, the model after stage 1, a chat model.
-"""
+answers in its place: a blind majority, the nearest training protein, the plain LLM, the model after stage 1, a chat
+model. """
 
 import hashlib
+import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from proteingpt.data import plan
+from proteingpt.config import DataConfig
 from proteingpt.data.prompts import Prompt, turns_of_stage
-from proteingpt.data.shards import ShardSet
+from proteingpt.data.set_aside import readable_texts
+from proteingpt.data.shards import ShardError, ShardSet, read_manifest
 from proteingpt.evaluation.baselines import BlindGuess
+from proteingpt.evaluation.cases import Case, Shards, key_in_set, missing_of, shown_protein, shown_residues
 from proteingpt.evaluation.neighbours import Neighbour, Neighbours
-from proteingpt.evaluation.predictions import EvaluationError, PredictionStore, Record, missing
+from proteingpt.evaluation.predictions import EvaluationError, PredictionStore, Record
 from proteingpt.inference.generate import Asked, Decoding, answer_batch, batches, protein_prefix
 from proteingpt.model import assemble, lora
 from proteingpt.model.protein_gpt import ProteinGPT
-from proteingpt.protein import ENCODER_EXTRA_ROWS, PrefixLength, Protein, Turn
+from proteingpt.protein import ENCODER_EXTRA_ROWS, UNKNOWN_RESIDUE, Protein, Turn
+
+log = logging.getLogger("proteingpt")
 
 TITLES = {
     "model": "the model",
@@ -46,26 +49,6 @@ LINE_EVERY_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
-class Case:
-    """A held-out protein with what is asked of it. number: in its ShardSet."""
-
-    key: str
-    number: int
-    num_residues: int
-    turns: tuple[Turn, ...]
-
-    @property
-    def wanted(self) -> list[tuple[str, int]]:
-        return [(self.key, turn) for turn in range(len(self.turns))]
-
-    def records(self, predictions: dict[int, str]) -> list[Record]:
-        return [
-            Record(self.key, turn, self.turns[turn].question, self.turns[turn].answer, text)
-            for turn, text in predictions.items()
-        ]
-
-
-@dataclass(frozen=True)
 class Shown:
     """A model with its prompt, and what stands for the protein in it. prefix: case -> (P, width) embeddings.
     prefix_tokens: case -> P, known before anything is encoded."""
@@ -74,34 +57,6 @@ class Shown:
     prompt: Prompt
     prefix: Callable[[Case], torch.Tensor]
     prefix_tokens: Callable[[Case], int]
-
-
-def choose_cases(
-    shards: ShardSet, stage: str, seed: int, num_proteins: int | None, num_questions: int | None
-) -> list[Case]:
-    """Those with something to ask, the first by a seeded hash of their keys: the same on any number of ranks."""
-    order = np.argsort(plan.mix(plan.hash_keys(list(shards.keys)), seed, 3), kind="stable")
-    cases: list[Case] = []
-    for number in map(int, order):
-        if num_proteins is not None and len(cases) == num_proteins:
-            break
-        turns = turns_of_stage(stage, *shards.read_text(number))[:num_questions]
-        if turns:
-            cases.append(Case(shards.keys[number], number, int(shards.num_residues[number]), turns))
-    return cases
-
-
-def keep_fitting(
-    cases: list[Case], prompt: Prompt, prefix_length: PrefixLength, context: int, max_new_tokens: int
-):  # fmt: skip
-    """(cases whose longest prompt and answer fit the LLM's context, keys of the others)."""
-    front = len(prompt.prefix_ids)
-    fitting, others = [], []
-    for case in cases:
-        question = max(map(len, prompt.question_ids([turn.question for turn in case.turns])))
-        long = front + prefix_length(case.num_residues) + question + max_new_tokens
-        fitting.append(case) if long <= context else others.append(case.key)
-    return fitting, others
 
 
 def partners(cases: Sequence[Case]) -> dict[str, Case]:
@@ -117,9 +72,17 @@ def partners(cases: Sequence[Case]) -> dict[str, Case]:
 class Showing:
     """What the model can be shown of the proteins of a split. encode: [protein] -> (structure rows, sequence rows)."""
 
-    def __init__(self, shards: ShardSet, encoders, model: ProteinGPT, prompt: Prompt, rows_of_part: tuple[bool, bool]):
-        self.shards, self.encoders, self.model, self.prompt = shards, encoders, model, prompt
-        self.parts = rows_of_part  # whether there is a structure encoder, a sequence encoder
+    def __init__(
+        self, shards: Shards, data: DataConfig, encoders, model: ProteinGPT, prompt: Prompt,
+        rows_of_part: tuple[bool, bool],
+    ):  # fmt: skip
+        """data: what is done with long proteins. rows_of_part: whether there is a structure encoder, a sequence
+        encoder."""
+        self.shards, self.data, self.encoders, self.model, self.prompt = shards, data, encoders, model, prompt
+        self.parts = rows_of_part
+
+    def protein(self, case: Case) -> Protein:
+        return shown_protein(self.shards, case.number, self.data)
 
     def rows(self, protein: Protein):
         (structure,), (sequence,) = self.encoders.encode([protein])
@@ -138,10 +101,10 @@ class Showing:
         return Shown(model, self.prompt, lambda case: protein_prefix(model, self.prompt, *rows(case)), tokens)
 
     def whole(self, model: ProteinGPT | None = None) -> Shown:
-        rows = lambda case: self.rows(self.shards.read(case.number).protein)  # noqa: E731
-        return self._shown(
-            model or self.model, rows, lambda case: self.tokens(case.num_residues, case.num_residues, model)
-        )
+        def tokens(case):
+            return self.tokens(case.num_residues, case.num_residues, model)
+
+        return self._shown(model or self.model, lambda case: self.rows(self.protein(case)), tokens)
 
     def shuffled(self, cases: Sequence[Case]) -> Shown:
         other, whole = partners(cases), self.whole()
@@ -153,7 +116,7 @@ class Showing:
 
     def only(self, structure: bool, sequence: bool) -> Shown:
         def rows(case):
-            mine = self.rows(self.shards.read(case.number).protein)
+            mine = self.rows(self.protein(case))
             return tuple(part if shown else part[:0] for part, shown in zip(mine, (structure, sequence), strict=True))
 
         def tokens(case):
@@ -161,16 +124,17 @@ class Showing:
 
         return self._shown(self.model, rows, tokens)
 
-    def predicted(self, found: dict[str, tuple[ShardSet, int]]) -> Shown:
+    def predicted(self, found: dict[str, tuple[Shards, int]]) -> Shown:
         """Structure rows of the predicted model, sequence rows of the deposited chain."""
 
         def rows(case):
-            shards, number = found[case.key]
-            return self.rows(shards.read(number).protein)[0], self.rows(self.shards.read(case.number).protein)[1]
+            predicted = shown_protein(*found[case.key], self.data)
+            # Under a name of its own: encoders remember a protein's rows by its key, which may be the deposited one's.
+            return self.rows(replace(predicted, id=f"predicted/{predicted.id}"))[0], self.rows(self.protein(case))[1]
 
         def tokens(case):
             shards, number = found[case.key]
-            return self.tokens(int(shards.num_residues[number]), case.num_residues)
+            return self.tokens(shown_residues(int(shards.num_residues[number]), self.data), case.num_residues)
 
         return self._shown(self.model, rows, tokens)
 
@@ -178,8 +142,7 @@ class Showing:
         """The letters of the sequence in the place of the protein's rows."""
 
         def ids(case) -> list[int]:
-            sequence = self.shards.read(case.number).protein.sequence
-            return self.prompt.prefix_ids + self.prompt.tokenise([sequence])[0]
+            return self.prompt.prefix_ids + self.prompt.tokenise([self.protein(case).sequence])[0]
 
         words = model.llm.get_input_embeddings()
         device = words.weight.device
@@ -188,32 +151,29 @@ class Showing:
         )
 
 
-def match_predicted(cases: Sequence[Case], shards: ShardSet, directory: str) -> dict[str, tuple[ShardSet, int]]:
+def match_predicted(cases: Sequence[Case], shards: Shards, directory: str) -> dict[str, tuple[ShardSet, int]]:
     """{case key: where its predicted structure is}: of the same key, else of exactly the same sequence."""
-    splits = [ShardSet(directory, split) for split in ShardSet(directory, first_split(directory)).manifest["splits"]]
     by_key, by_sequence = {}, {}
-    for split in splits:
-        for number, key in enumerate(split.keys):
-            by_key[key] = (split, number)
-            by_sequence.setdefault(split.read(number).protein.sequence, (split, number))
+    for split in read_manifest(directory)["splits"]:
+        predicted = ShardSet(directory, split)
+        for number, key in enumerate(predicted.keys):
+            by_key[key] = (predicted, number)
+            by_sequence.setdefault(predicted.read_protein(number).sequence, (predicted, number))
     found = {}
     for case in cases:
-        place = by_key.get(case.key) or by_sequence.get(shards.read(case.number).protein.sequence)
+        place = by_key.get(key_in_set(shards, case.key)) or by_sequence.get(shards.read_protein(case.number).sequence)
         if place:
             found[case.key] = place
     if not found:
         raise EvaluationError(
             f"--predicted: none of the {len(cases)} proteins asked about is in {directory}, by key or by sequence; "
-            f"build "
-            "those shards with ids and chains like the experimental ones"
+            "build those shards with ids and chains like the experimental ones"
         )
     return found
 
 
-def first_split(directory: str) -> str:
-    from proteingpt.data.shards import read_manifest
-
-    return next(iter(read_manifest(directory)["splits"]))
+def shards_fingerprint(directory: str) -> list[str]:
+    return [ShardSet(directory, split).fingerprint for split in read_manifest(directory)["splits"]]
 
 
 def plain_model(directory: Path, model: ProteinGPT, dtype, device) -> ProteinGPT:
@@ -237,17 +197,17 @@ class Share:
 
 
 @torch.no_grad()
-def generate(name: str, store: PredictionStore, cases: Sequence[Case], shown: Shown, decoding: Decoding, share: Share):
-    """This rank's part of what is missing. What it has answered is on disk after each batch."""
-    there = store.read()
-    todo = missing([wanted for case in cases for wanted in case.wanted], there)
-    mine = [case for case in cases if case.key in todo][share.rank :: share.world_size]
+def generate(
+    name: str, store: PredictionStore, there: Collection[tuple[str, int]], cases: Sequence[Case], shown: Shown,
+    decoding: Decoding, share: Share,
+):  # fmt: skip
+    """This rank's part of what is missing. there: what was answered when all began, the same on every rank. What this
+    rank answers is on disk after each batch."""
+    mine = missing_of(cases, there)[share.rank :: share.world_size]
     if not mine:
         return
     lengths = [shown.prefix_tokens(case) for case in mine]
-    more = decoding.max_new_tokens + max(
-        max(map(len, shown.prompt.question_ids([turn.question for turn in case.turns]))) for case in mine
-    )
+    more = decoding.max_new_tokens + max(case.question_tokens for case in mine)
     progress = Progress(name, len(mine), share.rank == 0)
     for batch in batches(lengths, [len(case.turns) for case in mine], more, share.max_tokens):
         chosen = [mine[i] for i in batch]
@@ -292,8 +252,8 @@ class Progress:
 # ------------------------------------------------------------------------------------------------ from training data
 
 
-def training_turns(shards: ShardSet, stage: str):
-    return (turn for i in range(len(shards)) for turn in turns_of_stage(stage, *shards.read_text(i)))
+def training_turns(shards: Shards, stage: str) -> Iterator[Turn]:
+    return (turn for texts in readable_texts(shards) for turn in turns_of_stage(stage, *texts))
 
 
 def answer_blind(cases: Sequence[Case], guess: BlindGuess) -> list[Record]:
@@ -305,7 +265,7 @@ def answer_blind(cases: Sequence[Case], guess: BlindGuess) -> list[Record]:
 
 
 def answer_nearest(
-    cases: Sequence[Case], near: dict[str, Neighbour], train: ShardSet, stage: str, guess: BlindGuess
+    cases: Sequence[Case], near: dict[str, Neighbour], train: Shards, stage: str, guess: BlindGuess
 ) -> list[Record]:
     """What the nearest training protein answers to the very question; where it was not asked, the blind guess."""
     records = []
@@ -318,9 +278,19 @@ def answer_nearest(
     return records
 
 
-def nearest_training(cases: Sequence[Case], test: ShardSet, train: ShardSet) -> dict[str, Neighbour]:
-    index = Neighbours([train.read(i).protein.sequence for i in range(len(train))])
-    return {case.key: index.nearest(test.read(case.number).protein.sequence) for case in cases}
+def nearest_training(cases: Sequence[Case], test: Shards, train: Shards) -> dict[str, Neighbour]:
+    """By the whole sequences, whatever the model is shown of them."""
+    index = Neighbours([sequence_of(train, i) for i in range(len(train))])
+    return {case.key: index.nearest(sequence_of(test, case.number)) for case in cases}
+
+
+def sequence_of(shards: Shards, number: int) -> str:
+    """Of one that cannot be read, which is nobody's neighbour, an unknown residue."""
+    try:
+        return shards.read_protein(number).sequence
+    except ShardError as error:
+        log.warning("left out: %s", error)
+        return UNKNOWN_RESIDUE
 
 
 def directory_fingerprint(directory: Path) -> str:

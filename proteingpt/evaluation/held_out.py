@@ -51,7 +51,9 @@ class Evaluation:
     predictions: list[Prediction]
 
 
-def choose(data: StageData, seed: int, num_proteins: int, questions_per_protein: int) -> list[tuple[int, tuple[int, ...]]]:
+def choose(
+    data: StageData, seed: int, num_proteins: int, questions_per_protein: int
+) -> list[tuple[int, tuple[int, ...]]]:
     """The same proteins at every evaluation and on any number of ranks: the first by a seeded hash of their keys."""
     order = np.argsort(plan.mix(data.ids, seed, 3), kind="stable")
     chosen = [int(sample) for sample in order if data.num_turns[sample] > 0][:num_proteins]

@@ -1,10 +1,11 @@
-"""95 % intervals by bootstrap over proteins: whole proteins are drawn, since the questions about one are not
+"""95 % intervals by bootstrap over proteins: whole proteins are weighted, since the questions about one are not
 independent.
 
-The percentile method (Efron and Tibshirani 1993, chapter 13) on 1,000 seeded draws. Row 0 of the weights is all ones,
-so
-estimate and draws come from the same code, and differences between two contestants are paired.
-"""
+The Bayesian bootstrap (Rubin 1981, Ann. Stat. 9:130): a draw weights the n proteins by n times Dirichlet(1, ..., 1),
+and the interval holds the middle 95 % of 1,000 seeded draws. For means it is as wide as resampling makes it; and no
+protein ever has weight 0, so that a draw lacks no answer that few proteins have: resamples do, and their balanced
+accuracies lie above the estimate. Row 0 of the weights is all ones, so estimate and draws come from the same code, and
+differences between two contestants are paired. """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,12 +34,12 @@ class Interval:
 
 
 def draw_weights(num_proteins: int, seed: int, num_draws: int = NUM_DRAWS) -> Iterator[np.ndarray]:
-    """float64 (rows, num_proteins), 1 + num_draws rows in all: ones, then how often each protein was drawn."""
+    """float64 (rows, num_proteins), 1 + num_draws rows in all: ones, then what each protein counts, n in all."""
     rng = np.random.default_rng((seed, 95))
     yield np.ones((1, num_proteins))
     for first in range(0, num_draws, ROWS_AT_ONCE):
-        num_rows = min(ROWS_AT_ONCE, num_draws - first)
-        yield rng.multinomial(num_proteins, np.full(num_proteins, 1 / num_proteins), size=num_rows).astype(float)
+        drawn = rng.standard_exponential((min(ROWS_AT_ONCE, num_draws - first), num_proteins))
+        yield drawn * (num_proteins / drawn.sum(axis=1, keepdims=True))  # which is Dirichlet's
 
 
 def sample(statistics: dict, num_proteins: int, seed: int, num_draws: int = NUM_DRAWS) -> dict:

@@ -71,8 +71,7 @@ NUMBER = re.compile(r"[+-]?([0-9]{1,3}(,[0-9]{3})+|[0-9]+)?(\.[0-9]+)?(e[+-]?[0-
 
 
 def parse_number(text: str) -> float | None:
-    """The number that the whole normalised text is, as in `1,204` or `0.9795`; None for any other text, such as `2
-    A`."""
+    """The number that the whole normalised text is, as in `1,204` or `0.9795`; None for any other text, as `2 A`."""
     text = normalise(text)
     match = NUMBER.fullmatch(text)
     if not match or not (match.group(1) or match.group(3)):

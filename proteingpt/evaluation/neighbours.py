@@ -1,9 +1,8 @@
 """The most similar training protein by sequence: the largest share of 3-mers in common.
 
 Similarity is Jaccard's, distinct 3-mers in both over those in either. It needs no alignment and no program beside
-numpy;
-given up: it says little below about 30 % identity, where unrelated proteins share a tenth of their 3-mers by chance.
-"""
+numpy; given up: it says little below about 30 % identity, where unrelated proteins share a tenth of their 3-mers by
+chance. """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,8 +25,7 @@ class Neighbour:
 
 def kmers(sequence: str) -> np.ndarray:
     """Distinct 3-mers as sorted integers, those of unknown residues only left out; a shorter sequence is one word,
-    filled
-    up. Empty where no residue is known: published embeddings come without their sequences."""
+    filled up. Empty where no residue is known: published embeddings come without their sequences."""
     letters = np.frombuffer(sequence.upper().encode("ascii", "replace"), np.uint8).astype(np.int64) - ord("A")
     letters = np.where((letters >= 0) & (letters < ALPHABET), letters, ord("X") - ord("A"))
     letters = np.pad(letters, (0, max(0, LENGTH - len(letters))), constant_values=ALPHABET)

@@ -5,15 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-ROW, LABEL_WIDTH, PLOT_WIDTH, VALUE_WIDTH, TOP, BOTTOM = 30, 300, 430, 220, 12, 34
-LONGEST_LABEL = 42  # characters that fit in it
+ROW, LABEL_WIDTH, PLOT_WIDTH, VALUE_WIDTH, TOP, BOTTOM = 28, 380, 430, 190, 12, 34
+LONGEST_LABEL = 50  # characters that fit in it
 NUM_TICKS = 5
 
 
 @dataclass(frozen=True)
 class Point:
-    """An estimate with its interval, None where it is not known; css: a class of the page. note: written at the
-    right."""
+    """An estimate with its interval, None where it is not known; css: a class of the page."""
 
     css: str
     value: float | None
@@ -23,6 +22,8 @@ class Point:
 
 @dataclass(frozen=True)
 class Row:
+    """note: written at the right."""
+
     label: str
     points: tuple[Point, ...]
     note: str = ""
@@ -53,13 +54,15 @@ def dot_plot(rows: Sequence[Row], title: str, percent: bool = True, reference: f
         return LABEL_WIDTH + PLOT_WIDTH * (value - low) / (high - low)
 
     def text_of(value: float) -> str:
-        return f"{100 * value:.0f} %" if percent else f"{value:.3g}"
+        return f"{round(100 * value, 1) + 0.0:g} %" if percent else f"{round(value, 9) + 0.0:.3g}"
 
     parts = [
+        '<div class="scroll">',
         f'<svg class="plot" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">',
         f"<title>{escape(title)}</title>",
     ]
-    step, tick = nice_step((high - low) / NUM_TICKS), low
+    step = nice_step((high - low) / NUM_TICKS)
+    tick = step * -(-low // step)  # the first multiple in the range, so that zero is one of them
     while tick <= high + step / 100:
         parts.append(f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>')
         parts.append(
@@ -82,7 +85,7 @@ def dot_plot(rows: Sequence[Row], title: str, percent: bool = True, reference: f
         parts.append(
             f'<text class="note" x="{LABEL_WIDTH + PLOT_WIDTH + 12}" y="{middle + 4:.1f}">{escape(row.note)}</text>'
         )
-    return "".join([*parts, "</svg>"])
+    return "".join([*parts, "</svg></div>"])
 
 
 def short(label: str) -> str:

@@ -86,8 +86,3 @@ def read_line(line: bytes) -> Record | None:
         return Record(**json.loads(line))
     except (ValueError, TypeError):
         return None
-
-
-def missing(wanted: Iterable[tuple[str, int]], there: dict) -> set[str]:
-    """Keys of proteins of which at least one question is not answered yet."""
-    return {key for key, turn in wanted if (key, turn) not in there}

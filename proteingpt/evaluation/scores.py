@@ -32,16 +32,20 @@ MODEL, BLIND = "model", "blind"
 LENGTH_BOUNDS = (100, 200, 400, 800)
 RESOLUTION_BOUNDS = (1.5, 2.0, 2.5, 3.0)  # angstrom
 SIMILARITY_BOUNDS = (0.15, 0.3, 0.6, 0.9)  # share of 3-mers in common with the nearest training protein
+NEAR_COPY = SIMILARITY_BOUNDS[-1]
+BREAKDOWNS = ("length", "resolution", "method", "similarity to the training set", "shard set")
 
 
 @dataclass(frozen=True)
 class About:
-    """What the tables break the proteins down by; None where it is not known. resolution in angstrom."""
+    """What the tables break the proteins down by; None where it is not known. resolution in angstrom; shard_set: where
+    several were evaluated."""
 
     length: int
     resolution: float | None = None
     method: str | None = None
     similarity: float | None = None
+    shard_set: str | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ def score(records: Mapping[str, Sequence[Record]], about: Mapping[str, About], s
         "num_questions": len(records[MODEL]),
         "num_closed_questions": sum(record.question in kinds for record in records[MODEL]),
         "num_empty": sum(record.prediction == "N/A" for record in records[MODEL]),
+        "num_near_copies": sum((one.similarity or 0) >= NEAR_COPY for one in about.values()),
         "headline": headline(headline_metric, contestants),
         "contestants": contestants,
         "questions": by_question(records, kinds, place_of, scoring),
@@ -165,6 +170,8 @@ def headline(metric: str | None, contestants: dict) -> dict | None:
     model = contestants[MODEL]
     made = {"metric": metric, "model": model["scores"][metric], "lift": model["lift"][metric]}
     made[BLIND] = contestants[BLIND]["scores"][metric]
+    if "nearest" in contestants:
+        made["nearest"] = contestants["nearest"]["scores"][metric]
     for name in ("shuffled", "no-protein"):
         if name in contestants:
             # What the model loses, so the other way round.
@@ -213,6 +220,7 @@ def bins_of(about: About) -> dict[str, str]:
         "resolution": bin_of(about.resolution, RESOLUTION_BOUNDS, " Å"),
         "method": about.method,
         "similarity to the training set": bin_of(about.similarity, SIMILARITY_BOUNDS),
+        "shard set": about.shard_set,
     }
     return {by: label or "unknown" for by, label in found.items()}
 
@@ -234,7 +242,7 @@ def breakdowns(records, kinds, place_of, about: Mapping[str, About], scoring: Sc
     """{by: rows} of exact matches on closed questions, of the model, the blind, and the lift."""
     bins = {key: bins_of(about[key]) for key in place_of if key in about}
     jobs, counts = {}, {}
-    for by in ("length", "resolution", "method", "similarity to the training set"):
+    for by in BREAKDOWNS:
         labels = {of[by] for of in bins.values()}
         if labels == {"unknown"}:
             continue
@@ -257,8 +265,7 @@ def breakdowns(records, kinds, place_of, about: Mapping[str, About], scoring: Sc
 
 def examples(records, kinds, seed: int) -> dict[str, list[dict]]:
     """good: right where the blind is wrong; bad: wrong where the blind is right; open: answers in free text. By lot,
-    one
-    of each question before a second."""
+    one of each question before a second."""
     blind = {(record.key, record.turn): record.prediction for record in records[BLIND]}
     order = np.argsort(mix(hash_keys([f"{r.key} {r.turn}" for r in records[MODEL]]), seed, 7), kind="stable")
     chosen = {"good": [], "bad": [], "open": []}
@@ -266,17 +273,13 @@ def examples(records, kinds, seed: int) -> dict[str, list[dict]]:
         record = records[MODEL][int(number)]
         guess = blind.get((record.key, record.turn), "")
         right, guessed = exact_match(record.prediction, record.answer), exact_match(guess, record.answer)
-        kind = (
-            "open"
-            if record.question not in kinds
-            else "good"
-            if right > guessed
-            else "bad"
-            if right < guessed
-            else None
-        )
-        if kind:
-            chosen[kind].append({**vars(record), "blind": guess})
+        if record.question not in kinds:
+            kind = "open"
+        elif right == guessed:
+            continue
+        else:
+            kind = "good" if right else "bad"
+        chosen[kind].append({**vars(record), "blind": guess})
     return {kind: spread(found)[:NUM_EXAMPLES] for kind, found in chosen.items()}
 
 

@@ -1,9 +1,8 @@
 """Free texts: ROUGE, BLEU, METEOR, BERTScore and embedding cosines, in two modes.
 
 `strict` holds each prediction to its own answer. `paper` is the published scoring: the answers of a protein are one
-pool,
-and each prediction is matched with the best of them. Every metric scores pairs of (prediction, answer); each distinct
-pair is scored once. Models come from local directories, and what is absent is an error that names its setting.
+pool, and each prediction is matched with the best of them. Every metric scores pairs of (prediction, answer); each
+distinct pair is scored once. Models come from local directories, and what is absent is an error that names its setting.
 """
 
 import warnings
@@ -107,8 +106,7 @@ def make_meteor(wordnet: str | None) -> Scorer:
 
 
 def make_bertscore(directory: str | None, layer: int | None, device) -> Scorer:
-    """Precision, recall and F1 of bert-score. layer: None for the model's own choice, 5 of distilbert-base-uncased's
-    6."""
+    """Precision, recall and F1 of bert-score. layer: None for bert-score's choice, 5 of distilbert-base-uncased's 6."""
     path = model_directory("--bertscore-model", directory, "distilbert-base-uncased")
     transformers = need("transformers")
     try:

@@ -67,8 +67,8 @@ class Assistant:
             if wanted and encoder.fingerprint != wanted:  # unknown for published rows
                 raise assemble.ModelError(
                     f"{type(encoder).__name__} has other weights (sha256 {encoder.fingerprint[:12]}) than those that "
-                    f"{directory} was trained with ({wanted[:12]}): its answers would mean nothing. Put the file back that "
-                    f"{Path(directory) / 'model.json'} names, or train again"
+                    f"{directory} was trained with ({wanted[:12]}): its answers would mean nothing. Put the file back "
+                    f"that {Path(directory) / 'model.json'} names, or train again"
                 )
         prompt = Prompt(tokenizer, info.template, max_answer_tokens=max_new_tokens)
         return cls(model, prompt, encoders, max_new_tokens, decoding)
@@ -106,8 +106,8 @@ class Assistant:
         used = self.num_positions(protein) + max(map(len, self.prompt.question_ids(questions)))
         if used >= context:
             raise TooLong(
-                f"{subject.name_of(protein)} with its {len(protein)} residues and the question take {used} positions, and "
-                f"this LLM's context has {context}: take a shorter chain, a domain of it, or a shorter question"
+                f"{subject.name_of(protein)} with its {len(protein)} residues and the question take {used} positions, "
+                f"and this LLM's context has {context}: take a shorter chain, a domain of it, or a shorter question"
             )
         room = min(self.max_new_tokens, context - used)
         return Decoding(room, self.decoding.temperature, self.decoding.top_p, self.decoding.seed)

@@ -1,8 +1,7 @@
 """What was asked and answered, as it is shown and saved.
 
-The conversation is kept for its reader. It is not fed to the model: that was trained on single questions, so each one is
-asked afresh, and every file that is saved says so.
-"""
+The conversation is kept for its reader. It is not fed to the model: that was trained on single questions, so each one
+is asked afresh, and every file that is saved says so. """
 
 import json
 import unicodedata

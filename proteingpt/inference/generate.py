@@ -3,10 +3,8 @@ once.
 
 A batch has one row for each question. Its key/value cache is [padding, prefix, padding, question, answer], where the
 prefix's part is computed once and copied to its rows; what is padding is masked, and positions leave it out, so a row
-is
-exactly what it would be alone. Rows that have ended leave the batch. Given up: one copy of the prefix for all rows,
-which would take an attention of our own for each step.
-"""
+is exactly what it would be alone. Rows that have ended leave the batch. Given up: one copy of the prefix for all rows,
+which would take an attention of our own for each step. """
 
 import hashlib
 from collections.abc import Iterator
@@ -24,9 +22,12 @@ from proteingpt.model.protein_gpt import ProteinGPT
 
 EMPTY = "N/A"  # what an empty answer counts as, as in the published scoring
 
-# Tokens that end a turn of a chat model, beside the tokenizer's end of sequence: LLaMA-3, ChatML (Qwen), Phi, Gemma.
-# Vicuna, LLaMA-2 and Mistral end with their </s>.
-END_OF_TURN = ("<|eot_id|>", "<|end_of_text|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
+# Tokens that end a turn or a text of a chat model, beside the tokenizer's end of sequence: LLaMA-3, ChatML (Qwen), Phi,
+# Gemma, Command R, GPT-NeoX. Vicuna, LLaMA-2 and Mistral end with their </s>.
+END_OF_TURN = (
+    "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|END_OF_TURN_TOKEN|>",
+    "<|endoftext|>",
+)  # fmt: skip
 
 ROOM_TOKENS = 32  # the cache grows by so many positions at a time
 KEPT_SHARE = 0.75  # ended rows leave the batch once no more than this share of it goes on
@@ -362,9 +363,7 @@ def batches(prefix_tokens: list[int], num_questions: list[int], more_tokens: int
     """Proteins that are decoded together: numbers, the longest prefixes first, so that neighbours need little padding.
 
     more_tokens: positions beyond the prefix, question and answer. max_tokens: positions of all rows of a batch; a
-    protein
-    that is alone above it still is a batch.
-    """
+    protein that is alone above it still is a batch. """
     order = sorted(range(len(prefix_tokens)), key=lambda i: (-prefix_tokens[i], i))
     made: list[list[int]] = []
     rows = longest = 0

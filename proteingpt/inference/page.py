@@ -6,6 +6,7 @@ bounded in size, number and time; one question is answered at a time, and a few 
 Given up: HTTPS, accounts, several models.
 """
 
+import contextlib
 import ipaddress
 import json
 import logging
@@ -164,7 +165,9 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         try:
             if not self.server.knows(self.headers.get("Host")):
-                raise Refused(HTTPStatus.FORBIDDEN, "this page is served under another name: open the address it printed")
+                raise Refused(
+                    HTTPStatus.FORBIDDEN, "this page is served under another name: open the address it printed"
+                )
             origin = self.headers.get("Origin")
             if origin is not None and split(origin).netloc != self.headers.get("Host"):
                 raise Refused(HTTPStatus.FORBIDDEN, "other pages may not send requests here")
@@ -179,7 +182,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_json({"error": str(error)}, HTTPStatus.UNPROCESSABLE_ENTITY)
 
     def read(self):
-        """A structure file (the body), or a sequence (in the query), to a protein."""
+        """A structure file (the body), a sequence (in the query), or both, to a protein."""
         query = {name: values[0] for name, values in parse_qs(split(self.path).query).items()}
         bounds = self.server.bounds.upload
         if not self.server.uploads.acquire(timeout=bounds.seconds):
@@ -194,11 +197,16 @@ class Handler(BaseHTTPRequestHandler):
                 found = {"protein": subject.to_json(pasted), "chains": [], "pdb": None}
         finally:
             self.server.uploads.release()
-        protein = subject.from_json(found["protein"], bounds.residues)
+        protein, notes = subject.from_json(found["protein"], bounds.residues), []
+        if body and query.get("sequence"):
+            given = subject.with_sequence(protein, query["sequence"])
+            protein, notes = given, subject.differences(protein, given)
+            found["protein"] = subject.to_json(given)
         unresolved = [i for i, there in enumerate(protein.resolved.tolist()) if not there]
         more = {"unresolved": unresolved, "predicted": protein.confidence is not None}
-        told = {"name": subject.name_of(protein), "summary": subject.summary(protein), **more}
-        self.send_json({**found, **told, "missing": self.server.assistant.missing(protein)})
+        name = subject.name_of(protein) + (subject.WITH_SEQUENCE if body and query.get("sequence") else "")
+        told = {"name": name, "summary": subject.summary(protein), **more}
+        self.send_json({**found, **told, "missing": [*notes, *self.server.assistant.missing(protein)]})
 
     def ask(self):
         """Lines of JSON as they come: pieces of the answer, then the whole of it, or an error."""
@@ -225,12 +233,15 @@ class Handler(BaseHTTPRequestHandler):
         try:
             yield {"missing": assistant.missing(protein)}
             end, answer = time.monotonic() + seconds, ""
-            for piece in assistant.stream(protein, question):
-                answer += piece
-                yield {"piece": piece}
-                if time.monotonic() > end:
-                    yield {"error": f"stopped after {seconds} seconds"}
-                    return
+            # Closed while the lock is held: decoding puts the model back as it was, which the next answer must not
+            # meet.
+            with contextlib.closing(assistant.stream(protein, question)) as stream:
+                for piece in stream:
+                    answer += piece
+                    yield {"piece": piece}
+                    if time.monotonic() > end:
+                        yield {"error": f"stopped after {seconds} seconds"}
+                        return
             yield {"answer": answer}
         except USER_ERRORS as error:
             yield {"error": str(error)}
@@ -342,7 +353,11 @@ def plain_name(name: str) -> str:
 def exchanges_of(values: object, bounds: Bounds) -> list[Exchange]:
     """What a browser asks to have written. Raises Refused."""
     wrong = Refused(HTTPStatus.BAD_REQUEST, "not a conversation: wanted protein, question, answer and missing as text")
-    if not isinstance(values, list) or len(values) > bounds.exchanges or not all(isinstance(one, dict) for one in values):
+    if (
+        not isinstance(values, list)
+        or len(values) > bounds.exchanges
+        or not all(isinstance(one, dict) for one in values)
+    ):
         raise wrong
     found = []
     for one in values:

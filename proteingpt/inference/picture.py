@@ -52,8 +52,8 @@ def shown_atoms(polymer: Polymer) -> Atoms:
 
 
 def with_oxygens(atoms: Atoms, length: int) -> Atoms:
-    """An O at each residue without one, where it and the next have their backbone: in the plane of CA, C and the next N,
-    opposite to both."""
+    """An O at each residue without one, where it and the next have their backbone: in the plane of CA, C and the next
+    N, opposite to both."""
     n, ca, c = backbone_of(atoms, length).swapaxes(0, 1).astype(np.float64)  # (L, 3) each
     next_n = np.concatenate([n[1:], np.full((1, 3), np.nan)])
     away = -sum((end - c) / np.linalg.norm(end - c, axis=1, keepdims=True) for end in (ca, next_n))

@@ -18,6 +18,8 @@ from proteingpt.protein import UNKNOWN_RESIDUE, Protein
 USUAL_CHAIN = "A"  # the paper's
 LETTERS = "ACDEFGHIKLMNPQRSTVWYBJOUXZ"
 MAX_COORDINATE = 1e6  # angstrom
+NUM_NAMED = 5
+WITH_SEQUENCE = "+sequence"  # behind the name of a structure that was given a sequence by hand
 
 
 class SubjectError(ValueError):
@@ -25,8 +27,8 @@ class SubjectError(ValueError):
 
 
 def read_structure(path: str | Path, chain: str | None = None, data: bytes | None = None) -> tuple[Entry, Protein]:
-    """A file's entry and its chain: the one asked for; else A, or the first where there is no A. data: the file's bytes,
-    unpacked, where the caller has them. Raises StructureError."""
+    """A file's entry and its chain: the one asked for; else A, or the first where there is no A. data: the file's
+    bytes, unpacked, where the caller has them. Raises StructureError."""
     entry = read_entry(path, data)
     if chain is None:
         chain = USUAL_CHAIN if USUAL_CHAIN in entry.chains or not entry.chains else entry.chains[0]
@@ -45,11 +47,13 @@ def parse_sequence(text: str) -> tuple[str, str]:
         raise SubjectError("the text holds several FASTA records: give one sequence at a time")
     letters = re.sub(r"\s", "", "".join(lines)).upper().removesuffix("*")
     if not letters:
-        raise SubjectError("no sequence: wanted one letter for each residue, such as MKTAYIAKQR")
+        where = " below the FASTA header" if text.strip().startswith(">") else ""
+        raise SubjectError(f"no sequence{where}: wanted one letter for each residue, such as MKTAYIAKQR")
     strange = re.search(f"[^{LETTERS}]", letters)
     if strange:
         raise SubjectError(
-            f"{strange[0]!r} at position {strange.start() + 1} of the sequence is no amino acid: wanted the letters {LETTERS}"
+            f"{strange[0]!r} at position {strange.start() + 1} of the sequence is no amino acid: wanted the letters "
+            f"{LETTERS}"
         )
     return name, letters
 
@@ -63,12 +67,42 @@ def protein_of_sequence(text: str) -> Protein:
 def with_sequence(protein: Protein, text: str) -> Protein:
     """The chain with a sequence given by hand in place of the file's, residue by residue. Raises SubjectError."""
     _, letters = parse_sequence(text)
+    if not has_structure(protein):
+        why = "has no structure that a sequence could go with: open a structure file first"
+        raise SubjectError(f"{name_of(protein)} {why}")
     if len(letters) != len(protein):
         raise SubjectError(
-            f"the sequence given has {len(letters)} residues, and chain {protein.chain} of {protein.id} has {len(protein)}: "
-            "give the sequence of that chain as it was deposited, or one of the two alone"
+            f"the sequence given has {len(letters)} residues, and chain {protein.chain} of {protein.id} has "
+            f"{len(protein)}: {how_they_lie(protein, letters)}"
         )
     return dataclasses.replace(protein, sequence=letters)
+
+
+def how_they_lie(protein: Protein, letters: str) -> str:
+    """What to do about a sequence of another length than the chain, where one is found in the other."""
+    inside = re.search(protein.sequence.replace(UNKNOWN_RESIDUE, "."), letters)
+    if inside:
+        return f"the chain's are its residues {inside.start() + 1} to {inside.end()}: give those alone"
+    resolved = "".join(letter for letter, there in zip(protein.sequence, protein.resolved) if there)
+    if letters == resolved:
+        lacking = len(protein) - len(letters)
+        return f"it lacks those {lacking} that have no coordinates: give them too, as they were deposited"
+    first = protein.sequence.find(letters) + 1
+    if first:
+        return f"it is residues {first} to {first + len(letters) - 1} of the chain: give the whole of it"
+    return "give the sequence of that chain as it was deposited, or one of the two alone"
+
+
+def differences(protein: Protein, given: Protein) -> list[str]:
+    """Sentences on where a sequence given by hand is another than the file's."""
+    pairs = enumerate(zip(protein.sequence, given.sequence, strict=True), 1)
+    other = [f"{old}{place}{new}" for place, (old, new) in pairs if new != old != UNKNOWN_RESIDUE]
+    if not other:
+        return []
+    named = ", ".join(other[:NUM_NAMED]) + (", ..." if len(other) > NUM_NAMED else "")
+    verb = "differs" if len(other) == 1 else "differ"
+    count = f"{len(other)} of {len(given)} residues"
+    return [f"{count} given {verb} from the file's ({named}): the model gets those given."]
 
 
 def name_of(protein: Protein) -> str:
@@ -110,8 +144,8 @@ def parts(reads_structure: bool, reads_sequence: bool) -> list[str]:
 
 def left_out(absent: str, present: str) -> str:
     return (
-        f"No {absent}: the model gets the {present} alone, which it was not trained for. What such answers are worth is "
-        f"measured by launch/evaluate.py --compare {present}-only."
+        f"No {absent}: the model gets the {present} alone, which it was not trained for. What such answers are worth "
+        f"is measured by launch/evaluate.py --compare {present}-only."
     )
 
 
@@ -171,7 +205,8 @@ def unpacked(text: object, shape: tuple[int, ...], name: str) -> np.ndarray:
 def check_length(num_residues: int, max_residues: int):
     if num_residues > max_residues:
         raise SubjectError(
-            f"{num_residues} residues are more than the {max_residues} allowed here: take another chain, or a domain of it"
+            f"{num_residues} residues are more than the {max_residues} allowed here: take another chain, or a domain "
+            "of it"
         )
 
 

@@ -1,4 +1,5 @@
-"""Reading what a stranger sends: in a process of its own, with bounds on size, memory and time; nothing reaches the disk.
+"""Reading what a stranger sends: in a process of its own, with bounds on size, memory and time; nothing reaches the
+disk.
 
 `read_upload` starts that process (this module as a command), hands it the bytes, and gets JSON back. It costs about a
 second for each upload, and a file that makes a parser run wild ends with a message and not with the server.
@@ -54,10 +55,18 @@ def read_upload(data: bytes, name: str, chain: str | None, limits: Limits) -> di
 
 
 def describe(data: bytes, name: str, chain: str | None, limits: Limits) -> dict:
-    """The protein, the file's chains, and its picture. Raises StructureError or SubjectError."""
+    """The protein, the file's chains, and its picture, which a sequence in FASTA has not. Raises StructureError or
+    SubjectError."""
     data = unpack(data, name, limits.bytes)
     if not data.strip():
         raise StructureError(f"{name}: the file is empty")
+    if data.lstrip().startswith(b">"):  # FASTA, which no structure file begins like
+        try:
+            protein = subject.protein_of_sequence(data.decode("ascii", "replace"))
+        except subject.SubjectError as error:
+            raise StructureError(f"{name}: {error}") from error
+        subject.check_length(len(protein), limits.residues)
+        return {"protein": subject.to_json(protein), "chains": [], "pdb": None}
     entry, protein = subject.read_structure(name, chain, data)
     subject.check_length(len(protein), limits.residues)
     drawn = picture.pdb_text(entry, chain or protein.chain)

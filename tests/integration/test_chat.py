@@ -53,7 +53,9 @@ def test_a_sequence_alone_is_answered_and_says_what_is_missing(model, demo_asset
     sequence = ShardSet(demo_assets, "test").read(0).protein.sequence
     assert main(["--model", str(model), "--sequence", sequence, *TOKENS, "--question", QUESTION]) == 0
     written = capsys.readouterr()
-    assert len(written.out) > 1 and written.err.startswith("note: sequence: No structure: the model gets the sequence alone")
+    assert len(written.out) > 1 and written.err.startswith(
+        "note: sequence: No structure: the model gets the sequence alone"
+    )
 
 
 def test_one_bad_file_of_two_is_named_and_the_other_answered(model, demo_assets, expected, tmp_path, capsys):
@@ -72,6 +74,7 @@ def test_one_bad_file_of_two_is_named_and_the_other_answered(model, demo_assets,
         (("--structure", "a", "b", "--sequence", "MK"), "--sequence belongs to one protein, and --structure names 2"),
         (("--web", "--question", "x"), "--web takes proteins and questions on its page"),
         (("--sequence", "M1"), "'1' at position 2 of the sequence"),
+        (("--sequence", "nowhere.fasta"), "neither letters nor a FASTA file that can be read"),
         (("--sequence", "MK", "--temperature", "-1"), "temperature -1.0"),
         (("--sequence", "MK"), "nowhere holds no model.json"),
     ],
@@ -92,7 +95,9 @@ class Terminal:
         self.pid, self.terminal = pty.fork()
         if self.pid == 0:
             os.chdir(REPOSITORY)
-            os.execvpe(sys.executable, [sys.executable, "launch/chat.py", *arguments], {**environment(), "TERM": "dumb"})
+            os.execvpe(
+                sys.executable, [sys.executable, "launch/chat.py", *arguments], {**environment(), "TERM": "dumb"}
+            )
         self.pieces: list[str] = []
 
     def until(self, wanted: str, seconds: float = 60) -> str:
@@ -133,7 +138,8 @@ def typed(*arguments):
 
 
 def test_a_conversation_in_a_terminal(model, demo_assets, expected, tmp_path):
-    """All of it in one process: streaming, several proteins, bad files without a traceback, history, saving, Ctrl-C, Ctrl-D."""
+    """All of it in one process: streaming, several proteins, bad files without a traceback, history, saving, Ctrl-C,
+    Ctrl-D."""
     with typed("--model", model, "--structure", demo_assets / "example.pdb", *TOKENS) as chat:
         begin = chat.until("example_A> ")
         assert "example_A: 57 residues" in begin and NOTE in begin and "/help" in begin
@@ -149,6 +155,7 @@ def test_a_conversation_in_a_terminal(model, demo_assets, expected, tmp_path):
             ('/load "', "not understood"),
             ("/load", "not understood"),
             ("/sequence M1", "'1' at position 2"),
+            ("/with MK", "has 2 residues, and chain A of example has 57"),
             ("/use nobody", "nobody is not loaded: example_A"),
             ("/nonsense", "/nonsense is no command"),
             ("/help", "/load FILE [CHAIN]"),
@@ -159,9 +166,13 @@ def test_a_conversation_in_a_terminal(model, demo_assets, expected, tmp_path):
         other = chat.say(QUESTION, "mine> ")
         assert other != shown
         assert "called example_A-2" in chat.say(f"/load {demo_assets}/example.pdb", "example_A-2> ")
+        (tmp_path / "own.fasta").write_text(">own\n" + "W" * 57 + "\n")
+        assert "residues given differ from the file's" in chat.say(
+            f"/with {tmp_path}/own.fasta", "example_A+sequence> "
+        )
         chat.say("/use example_A")
         names = [line.split()[0] for line in chat.say("/list").replace("*", " ").splitlines()]
-        assert names == ["example_A", "mine", "example_A-2"]
+        assert names == ["example_A", "mine", "example_A-2", "example_A+sequence"]
         assert chat.say("/history") == f"example_A> {QUESTION}\n{shown}\nmine> {QUESTION}\n{other}"
         chat.say(f"/save {tmp_path}/talk.json")
         assert "is there already" in chat.say(f"/save {tmp_path}/talk.json")
@@ -218,21 +229,29 @@ def test_the_page_in_a_browser(model, demo_assets, expected, tmp_path):
         assert web.text("#model") == str(model) and NOTE in web.text("#note")
 
         web.type("#file", str(tmp_path / "bad.pdb"))
-        assert "bad.pdb: neither mmCIF" in web.wait("return document.querySelector('#trouble:not([hidden])')?.textContent")
+        assert "bad.pdb: neither mmCIF" in web.wait(
+            "return document.querySelector('#trouble:not([hidden])')?.textContent"
+        )
 
         web.type("#file", str(demo_assets / "example.pdb"))
         web.wait("return document.querySelector('#summary').textContent.startsWith('example_A: 57 residues')")
         assert web.run("return document.querySelector('#trouble').hidden")
         assert web.wait(DRAWN) > 500  # pixels of a colour, on a grey background
 
-        web.run("window.seen = []; new MutationObserver(() => seen.push([...document.querySelectorAll('.answer')].at(-1)"
-                ".textContent)).observe(document.querySelector('#log'), {childList: true, subtree: true, characterData: true})")  # fmt: skip
+        web.run(
+            "window.seen = []; new MutationObserver(() => seen.push([...document.querySelectorAll('.answer')].at(-1)"
+            ".textContent)).observe(document.querySelector('#log'), "
+            "{childList: true, subtree: true, characterData: true})"
+        )
         web.type("#question", QUESTION + "\n")
         web.wait("return exchanges.length === 1")
         assert web.text(".answer") == expected and web.text(".question") == QUESTION
         assert len({text for text in web.run("return seen") if text}) > 3  # it grew under the reader's eyes
 
         web.type("#sequence", "MKTAYIAKQR")
+        web.click("#with")
+        said = web.wait("return document.querySelector('#trouble:not([hidden])')?.textContent")
+        assert "has 10 residues, and chain A of example has 57" in said
         web.click("#read")
         web.wait("return document.querySelector('#summary').textContent.startsWith('sequence: 10 residues')")
         assert "No structure" in web.text("#missing") and "nothing to draw" in web.text("#legend")
@@ -243,8 +262,19 @@ def test_the_page_in_a_browser(model, demo_assets, expected, tmp_path):
 
         web.type("#file", str(hostile))
         web.wait("return proteins.length === 3")
-        assert web.run("return document.title") == "ProteinGPT" and web.run("return document.querySelectorAll('img').length") == 0
+        assert (
+            web.run("return document.title") == "ProteinGPT"
+            and web.run("return document.querySelectorAll('img').length") == 0
+        )
         assert web.wait(DRAWN) > 500  # drawn again after there was nothing to draw
+
+        web.type("#sequence", "W" * 57)
+        web.click("#with")
+        web.wait("return proteins.length === 4")
+        assert "residues given differ from the file's" in web.text("#missing") and web.run(
+            "return current.name"
+        ).endswith("+sequence")
+        assert not web.run("return document.querySelector('#sequence').value")
 
         for button, name in (("#save-json", "conversation.json"), ("#save-markdown", "conversation.md")):
             web.click(button)
@@ -265,4 +295,5 @@ def test_the_page_in_a_browser(model, demo_assets, expected, tmp_path):
         light = web.run(colour)
         web.dark(True)
         assert web.run(colour) != light
-        assert [text for text in web.complaints() if "status of 422" not in text] == []  # the content policy refused nothing
+        # the content policy refused nothing
+        assert [text for text in web.complaints() if "status of 422" not in text] == []

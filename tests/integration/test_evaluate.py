@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from commands import REPOSITORY, execute
 from exported import export_model
 from openai_server import OpenAIServer
@@ -149,6 +150,29 @@ def test_two_ranks_go_on_where_a_killed_one_was(place, demo_assets, whole, world
         assert predictions(out, name) == predictions(whole[0], name)
     figures, alone = (json.loads((o / "scores.json").read_text()) for o in (out, whole[0]))
     assert figures["headline"]["lift"] == alone["headline"]["lift"]
+
+
+def test_several_sets_and_crops_as_in_training(place, demo_assets, worlds, tmp_path):
+    """The recipe beside the model names two sets and a length to crop to; the report says all of it."""
+    assert max(ShardSet(demo_assets, "test").num_residues) > 40
+    samples = {split: [ShardSet(demo_assets, split).read(i) for i in range(2)] for split in ("train", "test")}
+    write_shards(tmp_path / "few", samples, samples_per_shard=10, options={})
+    model = shutil.copytree(place / "model", tmp_path / "model")
+    data = {"mixture": {str(demo_assets): 1.0, str(tmp_path / "few"): 0.5}, "max_residues": 40, "long_proteins": "crop"}
+    (model / "recipe.yaml").write_text(yaml.safe_dump({"recipe": "mine", "data": data}))
+    out = tmp_path / "report"
+    argv = ["--model", model, "--out", out, "--max-new-tokens", "3", "--compare", "nearest"]
+    worlds(1)(run_on_rank, [str(value) for value in argv])
+    figures = json.loads((out / "scores.json").read_text())
+    sets = {row["label"]: row["num_proteins"] for row in figures["breakdowns"]["shard set"]}
+    assert sets == {demo_assets.name: NUM_TEST, "few": 2}
+    assert figures["about"]["data"] == list(data["mixture"])
+    assert figures["about"]["long_proteins"].startswith("cropped to their middle 40 residues: ")
+    asked = predictions(out, "model")
+    for (key, turn), text in asked.items():  # the same protein in both sets, of the same answers
+        if key.startswith("few/"):
+            assert asked[f"{demo_assets.name}/{key.removeprefix('few/')}", turn] == text
+    assert sum(row["num_proteins"] for row in figures["breakdowns"]["length"]) == NUM_TEST + 2
 
 
 def refused(capsys, argv) -> str:

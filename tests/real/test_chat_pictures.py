@@ -10,7 +10,11 @@ from proteingpt.data.structure import StructureError
 from proteingpt.inference import picture, subject
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
-FILES = [*sorted((DATA / "pdb").glob("*.gz"))[::25], *sorted((DATA / "alphafold").glob("*"))[:2], DATA / "pdb" / "5mr6.cif.gz"]
+FILES = [
+    *sorted((DATA / "pdb").glob("*.gz"))[::25],
+    *sorted((DATA / "alphafold").glob("*"))[:2],
+    DATA / "pdb" / "5mr6.cif.gz",
+]
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data at {DATA}")

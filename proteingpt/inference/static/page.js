@@ -56,6 +56,7 @@ async function read({ file, sequence, chain, replace }) {
     const found = { ...(await response.json()), file };
     if (mine !== reading) return;
     add(found, replace);
+    if (sequence) typed("");
   } catch (error) {
     if (mine === reading) complain(error.message);
   } finally {
@@ -74,8 +75,17 @@ function add(found, replace) {
   use(found);
 }
 
+// The sequence that is being typed or pasted, and what can be done with it.
+function typed(text) {
+  if (text !== undefined) $("sequence").value = text;
+  $("uses").hidden = !$("sequence").value.trim();
+  $("with").hidden = !(current && current.pdb !== null);
+  $("with").textContent = current ? `Use it with the structure of ${current.name}` : "";
+}
+
 function use(protein) {
   current = protein;
+  typed();
   $("proteins").replaceChildren(...proteins.map((one) => {
     const button = element("button", "", one.name);
     button.type = "button";
@@ -250,6 +260,16 @@ function wire() {
     const sequence = $("sequence").value.trim();
     if (sequence) read({ sequence });
     else complain("Paste a sequence first: one letter for each residue.");
+  });
+  $("with").addEventListener("click", () => {
+    read({ file: current.file, chain: current.protein.chain, sequence: $("sequence").value.trim() });
+  });
+  $("sequence").addEventListener("input", () => typed());
+  $("sequence").addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+      event.preventDefault();
+      $("open").requestSubmit();
+    }
   });
   for (const name of ["dragover", "dragleave", "drop"]) {
     document.addEventListener(name, (event) => {

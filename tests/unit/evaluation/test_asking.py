@@ -19,6 +19,7 @@ from proteingpt.evaluation.asking import (
     endpoint_embedder,
     judge,
     judge_form,
+    read_mark,
     read_rubric,
 )
 from proteingpt.evaluation.predictions import EvaluationError
@@ -75,6 +76,14 @@ def test_the_bound_holds_over_runs_and_what_was_paid_for_is_kept(replies):
         done = judge(asker(server, replies, judge_form("m"), max_usd="5", prices=prices), read_rubric(None), TRIPLES)
         assert None not in done.values() and len(server.requests) == 3
         assert float(replies.spent_usd) == pytest.approx(0.45)
+
+
+def test_what_was_spent_is_on_disk_before_the_run_ends(replies):
+    """A run that is killed leaves its costs behind: 150 tokens at a dollar per thousand."""
+    with OpenAIServer(answer=mark) as server:
+        one = asker(server, replies, judge_form("m"), max_usd="5", prices=("1", "1"))
+        one.answer(read_rubric(None).format(question="Q", answer="A", prediction="A"), read_mark)
+        assert float(replies.spent_usd) == pytest.approx(0.15)
 
 
 def test_a_bound_without_prices_is_refused(replies):

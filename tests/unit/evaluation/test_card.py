@@ -24,15 +24,25 @@ MANIFEST = {
 
 
 def test_every_accuracy_stands_beside_the_blind_one():
-    text = card_text(INFO, REPORT, "train: projector\n", MANIFEST)
+    text = card_text(INFO, REPORT, "model: {train: projector}\n", {"shards/pdb": MANIFEST})
     assert "| this model | 75.0% |" in text and "commonest training answer | 70.0% |" in text and "+5.0 points" in text
     assert "train: 8 proteins, 90 questions, 999 residues" in text and "split: `cluster`" in text
     assert "models/vicuna`, frozen" in text and "sha256 " + "ab" * 8 in text and "train: projector" in text
 
 
 def test_what_is_not_known_is_said():
-    text = card_text(INFO, {**REPORT, "accuracy": None, "blind_accuracy": None}, "train: full\n", None)
-    assert "not measured" in text and "no longer where the recipe says" in text and "models/vicuna`, trained" in text
+    report = {**REPORT, "accuracy": None, "blind_accuracy": None}
+    text = card_text(INFO, report, "model: {train: full}\n", {"shards/pdb": None})
+    assert "not measured" in text and "models/vicuna`, trained" in text
+    assert "`shards/pdb`\n  - could not be read" in text
+    assert "names no shards" in card_text(INFO, report, "model: {train: lora}\n", {})
+
+
+def test_a_mixture_is_named_with_its_weights():
+    recipe = "model: {train: lora}\ndata: {mixture: {shards/pdb: 1.0, shards/afdb: 0.5}}\n"
+    text = card_text(INFO, REPORT, recipe, {"shards/pdb": MANIFEST, "shards/afdb": MANIFEST})
+    assert "- `shards/pdb`, weight 1\n" in text and "- `shards/afdb`, weight 0.5\n" in text
+    assert "with LoRA adapters" in text
 
 
 def test_it_lies_with_the_model(tmp_path):

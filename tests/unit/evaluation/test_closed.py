@@ -13,6 +13,7 @@ from proteingpt.evaluation.closed import (
     make_questions,
     question_statistics,
 )
+from proteingpt.evaluation.intervals import Interval, sample
 from proteingpt.evaluation.metrics import accuracy
 from proteingpt.evaluation.predictions import Record
 
@@ -101,3 +102,15 @@ def test_nothing_left_to_score_is_not_a_zero():
         "flag", "yes/no", records("flag", ("YES", "YES"), ("NO", "NO")), {"p0": 0, "p1": 1, "p2": 2}, 0
     )
     assert np.isnan(closed_statistics([question])["exact"](np.array([[0.0, 0.0, 5.0]]))[0])
+
+
+def test_the_interval_of_a_balanced_accuracy_holds_it_though_answers_are_rare():
+    """12 classes, ten of one protein each, all of these wrong: (1 + 1 + 0 * 10) / 12. In a resample a third of them
+    would be missing, and every draw would lie above the estimate."""
+    rare = [(f"rare {i}", "often") for i in range(10)]
+    asked = records("class", *[("often", "often")] * 20, *[("seldom", "seldom")] * 5, *rare)
+    question = make_question("class", "category", asked, {f"p{i}": i for i in range(35)}, 0.05)
+    drawn = sample(closed_statistics([question]), 35, seed=1, num_draws=200)
+    interval = Interval.of(drawn["balanced accuracy"])
+    assert interval.value == pytest.approx(2 / 12)
+    assert interval.low - 1e-9 <= interval.value <= interval.high + 1e-9

@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proteingpt.evaluation.predictions import EvaluationError, PredictionStore, Record, missing
+from proteingpt.evaluation.cases import Case, missing_of
+from proteingpt.evaluation.predictions import EvaluationError, PredictionStore, Record
+from proteingpt.protein import Turn
 
 texts = st.text(max_size=30)
 made = st.lists(st.builds(Record, st.sampled_from("abcd"), st.integers(0, 5), texts, texts, texts), max_size=12)
@@ -33,9 +35,10 @@ def test_a_line_cut_by_a_kill_is_answered_again_and_harms_no_other(tmp_path, num
     store.append(0, RECORDS)
     path = tmp_path / "rank-00000.jsonl"
     path.write_bytes(path.read_bytes()[:-num_lost])
-    left = missing([("p", turn) for turn in range(3)], store.read())
+    case = Case("p", 0, 9, (Turn("Q?", "A"),) * 3)
     # One byte is the line's end only: the record itself is whole.
-    assert len(store.read()) == (3 if num_lost == 1 else 2) and left == (set() if num_lost == 1 else {"p"})
+    whole = num_lost == 1
+    assert len(store.read()) == (3 if whole else 2) and missing_of([case], store.read()) == ([] if whole else [case])
     store.append(0, [RECORDS[2]])
     assert list(store.read().values()) == RECORDS
 

@@ -166,6 +166,13 @@ def test_every_point_is_drawn_inside_the_plot(values):
     assert all(places[a] <= places[b] + 0.1 for a, b in zip(order, order[1:]))
 
 
+@given(st.lists(numbers, min_size=1, max_size=5))
+def test_zero_is_a_tick(values):
+    drawn = dot_plot([Row("label", (Point("model", value, value, value),)) for value in values], "title")
+    ticks = re.findall(r'class="tick"[^>]*>(-?[\d.]+) %', drawn)
+    assert "0" in ticks and "-0" not in ticks and 3 <= len(ticks) <= 12
+
+
 # ------------------------------------------------------------------------------------------------------------ browser
 
 

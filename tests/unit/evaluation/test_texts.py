@@ -2,6 +2,7 @@
 
 import math
 
+import bert_score
 import numpy as np
 import pytest
 import torch
@@ -119,6 +120,17 @@ def test_paper_mode_by_hand():
     assert found["PubMedBERT recall"] == {"p": pytest.approx(recall), "q": 0.5}
     assert found["PubMedBERT"] == {"p": pytest.approx(2 * precision * recall / (precision + recall)), "q": 0.5}
     assert paper_scores("BERTScore", RECORDS, TABLE) == {"BERTScore": {"p": pytest.approx(precision), "q": 0.5}}
+
+
+def test_paper_mode_of_bertscore_is_bert_scores_own_reading_of_several_references(distilbert):
+    """bert-score given all answers of the protein for each prediction takes the best of them."""
+    answers = ["a helix binds iron", "yes", "no"]
+    predictions = ["a helix binds zinc", "no", "helix"]
+    mine = [Record("p", i, f"Q{i}", a, p) for i, (a, p) in enumerate(zip(answers, predictions, strict=True))]
+    pairs = score_pairs(make_bertscore(str(distilbert), 2, "cpu"), pairs_of(mine, "paper"))
+    theirs = bert_score.BERTScorer(model_type=str(distilbert), num_layers=2).score(predictions, [answers] * 3)
+    for name, wanted in zip(("BERTScore precision", "BERTScore recall", "BERTScore"), theirs, strict=True):
+        assert paper_scores(name, mine, pairs[name])[name]["p"] == pytest.approx(float(wanted.mean()), abs=1e-5)
 
 
 def test_each_mode_asks_for_the_pairs_that_it_reads():

@@ -65,7 +65,9 @@ def test_the_answer_is_cut_to_the_room_and_without_room_refused(assistant):
 
 
 def test_a_model_of_structures_alone_refuses_a_sequence_alone(tmp_path, demo_assets, samples):
-    blind = Assistant.load(export_model(tmp_path / "model", demo_assets, 1, esm2="none"), device="cpu", max_new_tokens=4)
+    blind = Assistant.load(
+        export_model(tmp_path / "model", demo_assets, 1, esm2="none"), device="cpu", max_new_tokens=4
+    )
     assert blind.reads == (True, False)
     assert blind.missing(samples[0].protein) == [] and len(blind.ask(samples[0].protein, ["What is it?"])) == 1
     with pytest.raises(SubjectError, match="this model reads the structure"):

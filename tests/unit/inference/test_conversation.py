@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from proteingpt.inference.conversation import NOTE, Exchange, SaveError, as_json, as_markdown, printable, save
 
 TWO = [
-    Exchange("1cbs_A", "What is *it*?", "A <b>carrier</b>.\n# of retinoids", ("3 of 137 residues have no coordinates.",)),
+    Exchange(
+        "1cbs_A", "What is *it*?", "A <b>carrier</b>.\n# of retinoids", ("3 of 137 residues have no coordinates.",)
+    ),
     Exchange("1cbs_A", "Where?", "N/A"),
 ]
 
@@ -22,7 +24,8 @@ def test_json_holds_everything(exchanges):
 
 
 def test_markdown_shows_texts_letter_by_letter():
-    """By hand: one heading for a protein, its note, questions bold, answers quoted line by line, nothing of it markup."""
+    """By hand: one heading for a protein, its note, questions bold, answers quoted line by line, nothing of it
+    markup."""
     assert as_markdown("m", TWO).split("\n", 4)[4].splitlines() == [
         "## 1cbs\\_A", "", "- 3 of 137 residues have no coordinates.", "",
         "**What is \\*it\\*?**", "", "> A \\<b\\>carrier\\</b\\>.", "> \\# of retinoids", "",
@@ -35,7 +38,11 @@ def test_saving_follows_the_ending_and_never_overwrites(tmp_path):
     save(tmp_path / "a.json", "m", TWO)
     assert (tmp_path / "a.md").read_text() == as_markdown("m", TWO)
     assert (tmp_path / "a.json").read_text() == as_json("m", TWO)
-    for path, says in (("a.md", "is there already"), ("a.txt", "ends in .json or .md"), ("no/a.md", "cannot be written")):
+    for path, says in (
+        ("a.md", "is there already"),
+        ("a.txt", "ends in .json or .md"),
+        ("no/a.md", "cannot be written"),
+    ):
         with pytest.raises(SaveError, match=says):
             save(tmp_path / path, "m", [])
     assert (tmp_path / "a.md").read_text() == as_markdown("m", TWO)

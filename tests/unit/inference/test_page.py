@@ -7,6 +7,7 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +16,7 @@ from proteingpt.inference import subject
 from proteingpt.inference.conversation import Exchange, as_json, as_markdown
 from proteingpt.inference.page import Bounds, Page
 from proteingpt.inference.upload import Limits
+from proteingpt.model import attention
 
 BOUNDS = Bounds(upload=Limits(packed_bytes=200_000), json_bytes=300_000, question_letters=100, idle_seconds=5)
 
@@ -100,8 +102,27 @@ def test_upload_ask_and_answer(page, assistant, demo_assets):
 def test_a_pasted_sequence_says_what_is_missing(page):
     status, _, body = send(page, "POST", "/read?sequence=%3Emine%0Amktay")
     found = json.loads(body)
-    assert status == 200 and found["name"] == "mine" and found["protein"]["sequence"] == "MKTAY" and found["pdb"] is None
+    assert (
+        status == 200 and found["name"] == "mine" and found["protein"]["sequence"] == "MKTAY" and found["pdb"] is None
+    )
     assert "No structure" in found["missing"][0] and found["unresolved"] == [0, 1, 2, 3, 4]
+
+
+def test_a_structure_with_a_sequence_for_it(page, demo_assets):
+    """One letter is another; the coordinates stay the file's. A sequence of another length is refused."""
+    data = (demo_assets / "example.pdb").read_bytes()
+    _, protein = subject.read_structure(demo_assets / "example.pdb")
+    first = "W" if protein.sequence[0] != "W" else "G"
+    found = json.loads(
+        send(page, "POST", f"/read?name=mine.pdb&sequence=%3Ex%0A{first}{protein.sequence[1:]}", data)[2]
+    )
+    assert found["name"] == "mine_A+sequence" and found["protein"]["sequence"] == first + protein.sequence[1:]
+    assert found["protein"]["backbone"] == subject.to_json(protein)["backbone"]
+    assert found["missing"] == [
+        f"1 of 57 residues given differs from the file's ({protein.sequence[0]}1{first}): the model gets those given."
+    ]
+    status, said = refused(send(page, "POST", "/read?name=mine.pdb&sequence=MK", data))
+    assert status == 422 and "has 2 residues, and chain A of mine has 57" in said
 
 
 def test_what_is_saved_is_what_the_terminal_saves(page):
@@ -114,7 +135,9 @@ def test_what_is_saved_is_what_the_terminal_saves(page):
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize("path", ["/../page.py", "/static/page.js", "/%2e%2e/chat.py", "//etc/passwd", "/%00", "/etc/passwd", "/page.js/"])
+@pytest.mark.parametrize(
+    "path", ["/../page.py", "/static/page.js", "/%2e%2e/chat.py", "//etc/passwd", "/%00", "/etc/passwd", "/page.js/"]
+)
 def test_only_the_fixed_table_of_files_is_served(page, path):
     assert send(page, "GET", path)[0] == 404
 
@@ -122,7 +145,14 @@ def test_only_the_fixed_table_of_files_is_served(page, path):
 def test_foreign_names_and_foreign_pages_are_refused(page):
     """A name bent to this address by its owner's DNS; another page that makes the reader's browser ask."""
     port = page.server_address[1]
-    for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", "", "localhost.evil.example", "[::1"):
+    for host in (
+        "evil.example",
+        f"evil.example:{port}",
+        "127.0.0.1.evil.example",
+        "",
+        "localhost.evil.example",
+        "[::1",
+    ):
         assert send(page, "GET", "/about", Host=host)[0] in (400, 403), host
     for host in ("localhost", f"127.0.0.1:{port}", f"[::1]:{port}", "LOCALHOST:1"):
         assert send(page, "GET", "/about", Host=host)[0] == 200, host
@@ -208,10 +238,13 @@ def test_one_question_at_a_time_and_only_so_many_wait(assistant):
             thread = threading.Thread(target=lambda: busy.append(post(page, "/ask", question())))
             thread.start()
             end = time.monotonic() + 10
-            while page.waiting.acquire(blocking=False):  # until the question waits
-                page.waiting.release()
+            while page.waiting._value:  # looked at and not taken, or the question would find no place to wait
                 assert time.monotonic() < end
-            assert refused(post(page, "/ask", question())) == (503, "too many questions are waiting: try again in a minute")
+                time.sleep(0.01)
+            assert refused(post(page, "/ask", question())) == (
+                503,
+                "too many questions are waiting: try again in a minute",
+            )
             thread.join()
         assert "the model was busy for 1 seconds" in lines_of(busy[0][1])[-1]["error"]
         assert "answer" in lines_of(post(page, "/ask", question())[1])[-1]
@@ -226,6 +259,27 @@ def test_whoever_goes_away_leaves_the_model_free(page, assistant):
     assert "answer" in lines_of(post(page, "/ask", question())[1])[-1]
 
 
-@pytest.mark.parametrize("name, kept", [("a b/../c.pdb", "c.pdb"), ("..", "upload"), ("C:\\x\\ü<1>.cif", "ü_1_.cif"), ("", "upload")])
+def test_an_answer_that_is_left_puts_the_model_back_before_the_next_may_begin(assistant):
+    """Decoding changes the model's attention for its time; whoever has the lock next must find the usual one."""
+    seen = []
+
+    class Lock:
+        def acquire(self, timeout):
+            return True
+
+        def release(self):
+            seen.append(assistant.model.llm.config._attn_implementation)
+
+    server = SimpleNamespace(assistant=replace(assistant, lock=Lock()), bounds=BOUNDS)
+    lines = pages.Handler.pieces(SimpleNamespace(server=server), subject.protein_of_sequence("MKTAYIAKQR"), "What?")
+    assert next(line for line in lines if "piece" in line)
+    assert assistant.model.llm.config._attn_implementation != attention.NAME
+    lines.close()
+    assert seen == [attention.NAME]
+
+
+@pytest.mark.parametrize(
+    "name, kept", [("a b/../c.pdb", "c.pdb"), ("..", "upload"), ("C:\\x\\ü<1>.cif", "ü_1_.cif"), ("", "upload")]
+)
 def test_a_name_is_a_name(name, kept):
     assert pages.plain_name(name) == kept

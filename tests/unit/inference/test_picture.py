@@ -55,4 +55,11 @@ def test_elements_are_those_of_a_polymer(demo_assets):
     _, model = drawn(demo_assets / "example.pdb")
     elements = {atom.name: atom.element.name for residue in model["A"] for atom in residue}
     assert elements["CA"] == "C" and elements["N"] == "N"
-    assert [picture.element_of(name) for name in ("SE", "1HB", "HG1", "OD2", "SD", "O5'")] == ["SE", "H", "H", "O", "S", "O"]
+    assert [picture.element_of(name) for name in ("SE", "1HB", "HG1", "OD2", "SD", "O5'")] == [
+        "SE",
+        "H",
+        "H",
+        "O",
+        "S",
+        "O",
+    ]

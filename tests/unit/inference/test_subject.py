@@ -28,7 +28,10 @@ def proteins(draw):
 def test_a_fasta_record_is_its_letters_however_it_is_wrapped(letters, width, lower, titled):
     lines = [letters[i : i + width] for i in range(0, len(letters), width)]
     text = "\r\n".join([">sp|P1 a protein"] * titled + lines) + "*\n"
-    assert subject.parse_sequence(text.lower() if lower else text) == ("sp|p1" if lower and titled else "sp|P1" * titled, letters)
+    assert subject.parse_sequence(text.lower() if lower else text) == (
+        "sp|p1" if lower and titled else "sp|P1" * titled,
+        letters,
+    )
 
 
 @pytest.mark.parametrize(
@@ -72,10 +75,43 @@ def test_a_model_that_would_get_nothing_says_so():
         subject.missing(subject.protein_of_sequence("XXX"))
 
 
-def test_a_sequence_of_another_length_is_not_aligned_but_refused(tmp_path):
-    (tmp_path / "x.cif").write_text(everything()[0])
-    with pytest.raises(SubjectError, match="has 4 residues, and chain A of 9xyz has 5"):
-        subject.with_sequence(subject.read_structure(tmp_path / "x.cif")[1], "MYPG")
+CHAIN = Protein("9xyz", "A", "MKTXAYIAKQ", np.zeros((10, 3, 3), np.float32))
+CHAIN.backbone[8:] = np.nan  # K and Q at the end are not resolved
+
+
+@pytest.mark.parametrize(
+    "letters, says",
+    [
+        ("MYPG", "has 4 residues, and chain A of 9xyz has 10: give the sequence of that chain as it was deposited"),
+        ("GGGMKTWAYIAKQGG", "the chain's are its residues 4 to 13: give those alone"),
+        ("MKTXAYIA", "it lacks those 2 that have no coordinates"),
+        ("AYIAKQ", "it is residues 5 to 10 of the chain: give the whole of it"),
+    ],
+)
+def test_a_sequence_of_another_length_is_refused_with_what_to_do(letters, says):
+    with pytest.raises(SubjectError, match=says):
+        subject.with_sequence(CHAIN, letters)
+
+
+def test_a_sequence_needs_a_structure_to_go_with():
+    with pytest.raises(SubjectError, match="mine has no structure that a sequence could go with"):
+        subject.with_sequence(subject.protein_of_sequence(">mine\nMKV"), "MKV")
+
+
+@pytest.mark.parametrize(
+    "letters, notes",
+    [
+        ("MKTXAYIAKQ", []),
+        ("MKTWAYIAKQ", []),  # a letter that the file does not know is no disagreement
+        ("MRTWAYIAKQ", ["1 of 10 residues given differs from the file's (K2R): the model gets those given."]),
+        ("AAAAAAAAAA", ["7 of 10 residues given differ from the file's (M1A, K2A, T3A, Y6A, I7A, ...): the model gets "
+                        "those given."]),
+    ],
+)  # fmt: skip
+def test_where_a_sequence_differs_from_the_files_is_said(letters, notes):
+    given = subject.with_sequence(CHAIN, letters)
+    assert given.sequence == letters and subject.differences(CHAIN, given) == notes
+    np.testing.assert_array_equal(given.backbone, CHAIN.backbone)
 
 
 @given(proteins())
@@ -90,7 +126,8 @@ def test_a_protein_comes_back_from_json_as_it_was(protein):
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
 )
 names = st.sampled_from(["id", "chain", "sequence", "backbone", "confidence"])
 
@@ -108,7 +145,8 @@ def test_whatever_a_browser_sends_is_a_protein_or_refused(protein, name, value):
 @pytest.mark.parametrize(
     "name, value",
     [("backbone", np.full((3, 3, 3), np.inf)), ("backbone", np.full((3, 3, 3), 1e7)), ("backbone", np.zeros((2, 3, 3))),
-     ("confidence", np.array([0, 1, 1.5])), ("confidence", np.array([0, 1, np.nan])), ("sequence", "mkv"), ("sequence", "MK V")],
+     ("confidence", np.array([0, 1, 1.5])), ("confidence", np.array([0, 1, np.nan])), ("sequence", "mkv"),
+     ("sequence", "MK V")],
 )  # fmt: skip
 def test_numbers_and_letters_beyond_reason_are_refused(name, value):
     if not isinstance(value, str):

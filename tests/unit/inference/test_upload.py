@@ -1,4 +1,5 @@
-"""What a stranger sends: read as from the disk, or refused in words, within bounds, by a process that leaves nothing."""
+"""What a stranger sends: read as from the disk, or refused in words, within bounds, by a process that leaves
+nothing."""
 
 import gzip
 import io
@@ -36,7 +37,8 @@ def test_an_upload_is_the_protein_that_the_file_is(demo_assets, example, packed,
 @pytest.mark.parametrize(
     "data, says",
     [(b"\n", "the file is empty"), (b"\x89PNG\r\n\0\0", "binary content"), (b"<html></html>", "neither mmCIF"),
-     (b"\x1f\x8bjunk", "damaged or truncated gzip"), (b"data_x\nloop_\n_atom_site.id\n1", "atom_site")],
+     (b"\x1f\x8bjunk", "damaged or truncated gzip"), (b"data_x\nloop_\n_atom_site.id\n1", "atom_site"),
+     (b">a\nMK\n>b\nMV\n", "several FASTA records")],
 )  # fmt: skip
 def test_what_is_no_structure_is_refused_by_its_name(data, says):
     with pytest.raises(StructureError, match=f"^mine.pdb: .*{says}"):
@@ -46,6 +48,13 @@ def test_what_is_no_structure_is_refused_by_its_name(data, says):
 def test_the_words_of_the_process_are_the_reader_s_own(example):
     with pytest.raises(StructureError, match="^mine.pdb: no polymer chain 'Q'; the polypeptide chains are: A$"):
         read_upload(example, "mine.pdb", "Q", LIMITS)
+
+
+def test_a_fasta_file_is_its_sequence():
+    found = describe(b">sp|P1 mine\nMKTA\nYIAK\n", "mine.fasta", None, LIMITS)
+    protein = subject.from_json(found["protein"], 1000)
+    assert (protein.id, protein.sequence, found["pdb"]) == ("sp|P1", "MKTAYIAK", None)
+    assert not protein.resolved.any()
 
 
 def test_a_gzip_bomb_ends_at_the_bound():
