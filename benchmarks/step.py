@@ -20,12 +20,13 @@ from transformers import AutoConfig
 from benchmarks import world
 from proteingpt.cluster.calibrate import WIDTHS, random_rows, set_checkpointing, timed_step
 from proteingpt.cluster.calibrate import build as build_model
-from proteingpt.cluster.shapes import LLAMA3_8B, SMALL, TINY, attention_flops, matrix_flops, pack_pairs
+from proteingpt.cluster.shapes import LLAMA3_8B, SMALL, TINY, attention_flops, pack_pairs
 from proteingpt.cluster.work import make_pack
 from proteingpt.config import ModelConfig, StageConfig
 from proteingpt.data.collate import Pack
 from proteingpt.devices import peak_flops
 from proteingpt.distributed import detect, start
+from proteingpt.model.flops import matrix_flops
 from proteingpt.model.protein_gpt import ProteinGPT
 from proteingpt.training.capacity import line, peak_of
 from proteingpt.training.engine import Engine
@@ -61,7 +62,7 @@ def measure_size(engine: Engine, pack: Pack, num_steps: int, device: torch.devic
         "seconds": seconds,
         "tokens_per_second": pack.num_tokens / seconds,
         "mfu": flops / seconds / peak if peak else None,
-        "attention_flops_over_counted": attention_flops(config, pack_pairs(pack)) / flops,
+        "attention_flops_over_counted": attention_flops(config, sum(pack_pairs(pack))) / flops,
         "peak_bytes": peak_bytes,
     }
 

@@ -1,7 +1,7 @@
 """What the data sheets say of devices, by the names that their drivers give them."""
 
-# Dense bf16 matrix rate, FLOP/s, from NVIDIA's data sheets (the sheets' figures "with sparsity" are twice these). The first
-# key that a device's name holds counts, so the particular stands before the general.
+# Dense bf16 matrix rate, FLOP/s, from NVIDIA's data sheets (the sheets' figures "with sparsity" are twice these). The
+# first key that a device's name holds counts, so the particular stands before the general.
 PEAK_BF16_FLOPS = {
     "B200": 2250e12,
     "H200 NVL": 836e12,

@@ -4,14 +4,23 @@
 Intel MPI), srun, or none. The collectives are no-ops of one rank, and every rank calls them unconditionally.
 """
 
+import json
 import os
 import re
+import socket
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from datetime import timedelta
 
 LOOPBACK = "127.0.0.1"
 DEFAULT_PORT = 29500
+COLLECTIVE_SECONDS = 1800.0  # torch's own bound for gloo, and three times its bound for NCCL
+# For values and for what rank 0 does alone: a first index of a very large set, a checkpoint that is verified, take
+# their time.
+PATIENT_SECONDS = 86400.0
+
+_patient = None  # the group of those collectives: gloo, also beside NCCL, which would spin on the GPU meanwhile
 
 
 class LaunchError(ValueError):
@@ -143,15 +152,20 @@ def first_host(nodelist: str) -> str:
 # ------------------------------------------------------------------------------------------------------ collectives
 
 
-def start(rank: Rank, timeout_seconds: float = 1800):
-    """Join the process group (NCCL on GPUs, gloo on CPUs) and choose this rank's device. Returns the device."""
+def start(rank: Rank, timeout_seconds: float = COLLECTIVE_SECONDS):
+    """Join the process group (NCCL on GPUs, gloo on CPUs) and choose this rank's device. Returns the device.
+
+    timeout_seconds: of collectives on tensors, for which all ranks come at about the same time; the others wait
+    PATIENT_SECONDS.
+    """
     import torch
     import torch.distributed as dist
 
     on_gpu = torch.cuda.is_available()
+    seat = seat_of(rank)
     # Where the launcher shows each rank its own GPU alone (srun --gpus-per-task=1), that is number 0.
     local_rank = 0 if on_gpu and torch.cuda.device_count() == 1 else rank.local_rank
-    if on_gpu:
+    if on_gpu and not seat.fault:
         torch.cuda.set_device(local_rank)
     os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed reads its device from here
     options = {"backend": "nccl" if on_gpu else "gloo", "timeout": timedelta(seconds=timeout_seconds)}
@@ -162,20 +176,78 @@ def start(rank: Rank, timeout_seconds: float = 1800):
         # By the environment, since torchrun has opened the port already and says so in a variable of its own.
         os.environ |= {"MASTER_ADDR": rank.master_addr, "MASTER_PORT": str(rank.master_port)}
         try:
-            dist.init_process_group(**options, init_method="env://", rank=rank.rank, world_size=rank.world_size)
+            limit = timedelta(seconds=timeout_seconds)
+            store, *_ = next(dist.rendezvous("env://", rank.rank, rank.world_size, timeout=limit))
+            check_seats(all_seats(store, rank, seat))
+            dist.init_process_group(**options, store=store, rank=rank.rank, world_size=rank.world_size)
         except dist.DistNetworkError as error:
             if "EADDRINUSE" not in str(error):
                 raise
             raise LaunchError(
-                f"port {rank.master_port} of {rank.master_addr} is in use, by another run or program: end it, or choose "
-                "another (deepspeed --master_port N, torchrun --master-port N, or MASTER_PORT=N)"
+                f"port {rank.master_port} of {rank.master_addr} is in use, by another run or program: end it, or "
+                "choose another (deepspeed --master_port N, torchrun --master-port N, or MASTER_PORT=N)"
             ) from None
+    global _patient
+    _patient = (
+        None if rank.world_size == 1 else dist.new_group(backend="gloo", timeout=timedelta(seconds=PATIENT_SECONDS))
+    )
     return torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where a rank sits. gpu: the device's own name for itself, empty on a CPU. fault: why it cannot sit there."""
+
+    host: str
+    gpu: str
+    fault: str = ""
+
+
+def seat_of(rank: Rank) -> Seat:
+    import torch
+
+    number, seen = rank.local_rank, torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if seen > 1 and number >= seen:
+        return Seat(
+            socket.gethostname(), "", f"is number {number} on its node, counted from 0, where {seen} GPUs are seen"
+        )
+    gpu = str(torch.cuda.get_device_properties(0 if seen == 1 else number).uuid) if seen else ""
+    return Seat(socket.gethostname(), gpu)
+
+
+def all_seats(store, rank: Rank, mine: Seat) -> list[Seat]:
+    """Of every rank. Through the store that they meet at, before any talks to another in its device's own way."""
+    store.set(f"seat/{rank.rank}", json.dumps(astuple(mine)))
+    told = store.multi_get([f"seat/{n}" for n in range(rank.world_size)])
+    # Rank 0 holds the store: were it to leave over what it has read, the others could not read it.
+    store.add("seats read", 1)
+    while rank.is_first and store.add("seats read", 0) < rank.world_size:
+        time.sleep(0.01)
+    return [Seat(*json.loads(seat)) for seat in told]
+
+
+def check_seats(seats: list[Seat]):
+    """LaunchError, the same on every rank, where gloo would wait for NCCL until both give up, or NCCL would refuse."""
+    for number, seat in enumerate(seats):
+        if seat.fault:
+            raise LaunchError(f"rank {number} on {seat.host} {seat.fault}: start one rank per GPU")
+        first = next(n for n, other in enumerate(seats) if (other.host, other.gpu) == (seat.host, seat.gpu))
+        if seat.gpu and first < number:
+            raise LaunchError(f"ranks {first} and {number} sit on one GPU of {seat.host}: start one rank per GPU")
+    with_gpu = {bool(seat.gpu): number for number, seat in reversed(list(enumerate(seats)))}
+    if len(with_gpu) == 2:
+        has, lacks = with_gpu[True], with_gpu[False]
+        raise LaunchError(
+            f"rank {lacks} on {seats[lacks].host} sees no GPU, rank {has} on {seats[has].host} does: was one asked for "
+            "there, is its driver loaded (nvidia-smi), is torch a CUDA build?"
+        )
 
 
 def stop():
     import torch.distributed as dist
 
+    global _patient
+    _patient = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -195,7 +267,7 @@ def gather_objects(value) -> list:
     import torch.distributed as dist
 
     values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_patient)
     return values
 
 
@@ -204,7 +276,7 @@ def from_first_rank(value):
     import torch.distributed as dist
 
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=_patient)
     return box[0]
 
 

@@ -57,12 +57,14 @@ class Cluster:
         for number, (node, kind) in enumerate(NODES.items()):
             lines.append(
                 f"NodeName={node} NodeHostname={socket.gethostname().partition('.')[0]} NodeAddr=127.0.0.1 "
-                f"Port={port[1 + number]} CPUs=4 RealMemory=4000 Gres=gpu:{kind}:{GPUS} Feature={kind}"
+                f"Port={port[1 + number]} CPUs=16 RealMemory=4000 Gres=gpu:{kind}:{GPUS} Feature={kind}"
             )
         lines.append("PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP")
         self.config.write_text("\n".join(lines) + "\n")
         (here / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
-        (here / "gres.conf").write_text("AutoDetect=off\n" + "".join(self.fake_gpus(node, kind) for node, kind in NODES.items()))
+        (here / "gres.conf").write_text(
+            "AutoDetect=off\n" + "".join(self.fake_gpus(node, kind) for node, kind in NODES.items())
+        )
 
     def fake_gpus(self, node: str, kind: str) -> str:
         """SLURM hands out character devices: /dev/null's numbers under other names."""
@@ -81,7 +83,9 @@ class Cluster:
         run(f"slurmctld -i -f {self.config}")
         for node in NODES:
             run(f"slurmd -N {node} -f {self.config}")
-        self.wait_for(lambda: self.command("sinfo --noheader --Node --format %t").split().count("idle") == len(NODES), 60)
+        self.wait_for(
+            lambda: self.command("sinfo --noheader --Node --format %t").split().count("idle") == len(NODES), 60
+        )
 
     def stop(self):
         for name in [*(f"run/slurmd-{node}.pid" for node in NODES), "run/slurmctld.pid", "munge/munged.pid"]:
@@ -99,15 +103,21 @@ class Cluster:
         line = f"sbatch --parsable {options} {script} {arguments}"
         return int(run(line, env=self.environment(environment), cwd=cwd))
 
-    def state(self, job: int) -> str:
-        shown = self.command(f"scontrol show job {job}").splitlines()
-        return next(word.removeprefix("JobState=") for line in shown for word in line.split() if word.startswith("JobState="))
+    def states(self, job: int) -> set[str]:
+        """Of the job, of all tasks of an array, or of all components of a mixed job."""
+        return set(self.facts(job, "JobState"))
+
+    def facts(self, job: int, name: str) -> list[str]:
+        """What `scontrol show job` says of each task or component under this name."""
+        words = self.command(f"scontrol show job {job}").split()
+        return [word.removeprefix(f"{name}=") for word in words if word.startswith(f"{name}=")]
 
     def wait(self, job: int, seconds: float = 240) -> str:
-        """The state in which the job has ended for good: one that is requeued is pending or completing for a while."""
-        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL")
-        self.wait_for(lambda: self.state(job) in ended, seconds)
-        return self.state(job)
+        """The state, or states, in which it has ended for good: one that is requeued is pending or completing for a
+        while."""
+        ended = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL"}
+        self.wait_for(lambda: self.states(job) <= ended, seconds)
+        return ", ".join(sorted(self.states(job)))
 
     def wait_for(self, condition, seconds: float):
         deadline = time.monotonic() + seconds

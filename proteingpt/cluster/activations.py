@@ -1,9 +1,9 @@
 """What forward and backward hold at their fullest moment, counted rather than derived.
 
-The real model runs on torch's meta device, where tensors have shapes and no bytes, and what would be alive at each moment
-is summed. So any LLM that transformers knows is counted as it is, with or without checkpointing. Where a device runs a
-kernel of its own, a stand-in keeps what that kernel keeps: on GPUs FlexAttention and one kernel for each RMS norm; on CPUs
-SDPA group by group. Given up: kernels' own scratch.
+The real model runs on torch's meta device, where tensors have shapes and no bytes, and what would be alive at each
+moment is summed. So any LLM that transformers knows is counted as it is, with or without checkpointing. Where a device
+runs a kernel of its own, a stand-in keeps what that kernel keeps: on GPUs FlexAttention and one kernel for each RMS
+norm; on CPUs SDPA group by group. Given up: kernels' own scratch.
 """
 
 import weakref
@@ -27,8 +27,8 @@ FEW = 0.01  # gradients, as a share of the peak, that are not counted twice to t
 
 
 class Alive(TorchDispatchMode):
-    """Bytes of the meta tensors that are alive, and the most there were. A storage counts once, until it is freed; those
-    of `model`, of which an operation may return a view, never."""
+    """Bytes of the meta tensors that are alive, and the most there were. A storage counts once, until it is freed;
+    those of `model`, of which an operation may return a view, never."""
 
     def __init__(self, model: torch.nn.Module):
         super().__init__()
@@ -59,8 +59,8 @@ class Alive(TorchDispatchMode):
 
 
 class CountedAttention(torch.autograd.Function):
-    """What flash kernels and FlexAttention keep: queries, keys, values, output and a float32 a head and token; SDPA on a
-    CPU also its mask, as numbers."""
+    """What flash kernels and FlexAttention keep: queries, keys, values, output and a float32 a head and token; SDPA on
+    a CPU also its mask, as numbers."""
 
     @staticmethod
     def forward(ctx, query, key, value, mask):
@@ -128,7 +128,7 @@ def layout_given(layout):
         attention.make_layout = make_layout
 
 
-# --------------------------------------------------------------------------------------------------------------- counting
+# ------------------------------------------------------------------------------------------------------------- counting
 
 
 def meta_model(

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from proteingpt.cluster.calibrate import CalibrationError, calibrate, read_calibration, write_calibration
-from proteingpt.cluster.estimate import Choice, Estimator, alternatives, json_of, text_of
+from proteingpt.cluster.estimate import Choice, Estimator, alternatives
 from proteingpt.cluster.shapes import NAMED, ShapeError, llm_config
 from proteingpt.cluster.spec import ClusterError, parse_cluster
+from proteingpt.cluster.tables import json_of, text_of
 from proteingpt.cluster.work import ANSWER, DESCRIPTION, QUESTION, SAMPLED, DataSet, scaled_lengths
 from proteingpt.config import Command, ConfigError, parse_command
 from proteingpt.data.plan import PlanError, mix
@@ -19,7 +20,16 @@ from proteingpt.data.shards import ShardError, ShardSet
 from proteingpt.model import assemble
 from proteingpt.model.attention import AttentionError
 
-USER_ERRORS = (ConfigError, ClusterError, ShapeError, CalibrationError, PlanError, ShardError, assemble.ModelError, AttentionError)
+USER_ERRORS = (
+    ConfigError,
+    ClusterError,
+    ShapeError,
+    CalibrationError,
+    PlanError,
+    ShardError,
+    assemble.ModelError,
+    AttentionError,
+)
 DEFAULT_LLM = "vicuna-7b"
 TOKENS_PER_WORD = 1.4  # of scientific English, by Llama's tokenizers
 
@@ -28,7 +38,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python launch/estimate.py",
         allow_abbrev=False,
-        description="Memory, speed and hours of recipes on a cluster, before a run. Other options are those of launch/train.py.",
+        description="Memory, speed and hours of recipes on a cluster, before a run. Other options are those of "
+        "launch/train.py.",
     )
     add = parser.add_argument
     add("--recipe", nargs="+", required=True, help="one, or several one after the other: names, or .yaml files")
@@ -56,7 +67,9 @@ def main(argv: list[str]) -> int:
     """The exit code: 0 where everything fits, 1 where not, 2 for the user's error."""
     options, rest = make_parser().parse_known_args(argv)
     try:
-        commands = [parse_command(["--ds_config", options.ds_config, "--recipe", recipe, *rest]) for recipe in options.recipe]
+        commands = [
+            parse_command(["--ds_config", options.ds_config, "--recipe", recipe, *rest]) for recipe in options.recipe
+        ]
         name = options.llm or commands[0].config.model.llm or DEFAULT_LLM
         if options.calibrate:
             return measure(options, commands[0], name)
@@ -76,7 +89,9 @@ def show(options: argparse.Namespace, commands: list[Command], name: str) -> int
     found = []
     for command in commands:
         base = Choice(command.config.recipe, command.config, command.ds_config, options.embeddings is not None)
-        found.append((estimator.outcome(base, look_for_largest=True), [estimator.outcome(c) for c in alternatives(base)]))
+        found.append(
+            (estimator.outcome(base, look_for_largest=True), [estimator.outcome(c) for c in alternatives(base)])
+        )
         if not options.json:
             print(text_of(*found[-1], name, estimator), end="\n\n", flush=True)
     if options.json:
@@ -93,18 +108,23 @@ def measure(options: argparse.Namespace, command: Command, name: str) -> int:
 
     gpu = torch.cuda.is_available()
     device = start(detect(os.environ))
-    sizes = sorted(options.calibrate_tokens or ([2048, 4096, 8192] if gpu else [300, 600, 900]))
+    sizes = sorted(options.calibrate_tokens or ([2048, 4096, 8192] if gpu else [300, 600, 1200]))
     config = llm_config(name)
     found = calibrate(config, name, command.config.model, command.ds_config, sizes, options.calibrate_steps, device)
     write_calibration(found, Path(options.calibrate))
     for choice, line in found.lines.items():
-        print(f"checkpointing {choice}: {line.flops_per_second / 1e12:.4g} TFLOP/s and {line.overhead_seconds:.3g} s a forward")
+        print(
+            f"checkpointing {choice}: {1e-12 / line.seconds_per_flop:.4g} TFLOP/s; a FLOP of attention takes "
+            f"{line.seconds_per_prefix_flop / line.seconds_per_flop:.2g} of that time on a prefix, "
+            f"{line.seconds_per_branch_flop / line.seconds_per_flop:.2g} from a branch; {line.overhead_seconds:.3g} s "
+            "a forward"
+        )
     print(f"written to {options.calibrate}; next: --calibration {options.calibrate}")
     stop()
     return 0
 
 
-# ------------------------------------------------------------------------------------------------------------------ data
+# ----------------------------------------------------------------------------------------------------------------- data
 
 
 def data_set(options: argparse.Namespace, commands: list[Command], llm: str) -> DataSet:
@@ -141,7 +161,7 @@ def read_data_set(directory: str, commands: list[Command], llm: str) -> DataSet:
         questions.append(list(zip(*asked)))
     return DataSet(
         shards.num_residues[order].astype(np.int64), float(len(shards)), questions,
-        count([description for description, _ in texts], "answer"), source,
+        count([description for description, _ in texts], "answer"), source, shards.num_residues[:].astype(np.int64),
     )  # fmt: skip
 
 

@@ -6,9 +6,11 @@ from pathlib import Path
 
 from proteingpt.config import NO_ENCODER, EncodersConfig
 
-# Published ESM-2: width by size. A residue costs 2 FLOPs for each parameter.
-ESM2_WIDTHS = {"8M": 320, "35M": 480, "150M": 640, "650M": 1280, "3B": 2560, "15B": 5120}
-UNITS = {"M": 1e6, "B": 1e9}
+# Published ESM-2: width and parameters by size. A residue costs 2 FLOPs for each parameter.
+ESM2_SHAPES = {
+    "8M": (320, 7.5e6), "35M": (480, 33.5e6), "150M": (640, 148e6), "650M": (1280, 651e6), "3B": (2560, 2.839e9),
+    "15B": (5120, 15.1e9),
+}  # fmt: skip
 # ESM-IF1's encoder; FLOPs per residue are those of our forward, which halves the published one's 2.04 G.
 ESM_IF1_WIDTH, ESM_IF1_PARAMETERS, ESM_IF1_FLOPS = 512, 107_993_030, 1.02e9
 SCRATCH_BYTES = 0.2e9  # of one long protein at a time: ESM-IF1 takes 0.1 GB at 1,000 residues
@@ -32,13 +34,15 @@ class EncoderShape:
 
 
 def esm2_shape(name: str | None) -> tuple[int, float]:
-    """(width, parameters). A file counts as float16 of the 3B model's width, for want of opening it; None as the 3B model."""
+    """(width, parameters). A file counts as float16 of the 3B model's width, for want of opening it; None as the 3B
+    model."""
     if name == NO_ENCODER:
         return 0, 0.0
-    found = re.search(r"esm2_t\d+_(\d+)([MB])", name or "esm2_t36_3B")
-    if found and found[1] + found[2] in ESM2_WIDTHS:
-        return ESM2_WIDTHS[found[1] + found[2]], float(found[1]) * UNITS[found[2]]
-    return ESM2_WIDTHS["3B"], Path(name).stat().st_size / 2 if Path(name).is_file() else 3e9
+    found = re.search(r"esm2_t\d+_(\d+[MB])", name or "esm2_t36_3B")
+    if found and found[1] in ESM2_SHAPES:
+        return ESM2_SHAPES[found[1]]
+    width, parameters = ESM2_SHAPES["3B"]
+    return width, Path(name).stat().st_size / 2 if Path(name).is_file() else parameters
 
 
 def encoder_shape(config: EncodersConfig) -> EncoderShape:

@@ -1,12 +1,12 @@
 """What a recipe will take on a cluster: memory of each kind of rank, step time, hours, and what other choices would do.
 
-Every figure follows from the real model's shapes (memory.py, activations.py), from the real plan's packs (work.py) and from
-rates that are said to be measured or assumed (rates of spec.py, or a file of calibrate.py). Given up: anything that varies
-from run to run, such as reading, evaluating and saving.
+Every figure follows from the real model's shapes (memory.py, activations.py), from the real plan's packs (work.py) and
+from rates that are said to be measured or assumed (rates of spec.py, or a file of calibrate.py). Given up: anything
+that varies from run to run, such as reading, evaluating and saving.
 """
 
-import dataclasses
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
@@ -15,7 +15,7 @@ from proteingpt.cluster.activations import activation_bytes, meta_model, sizes_o
 from proteingpt.cluster.calibrate import Calibration
 from proteingpt.cluster.encoders import EncoderShape, encoder_shape
 from proteingpt.cluster.memory import MARGIN, Memory, Setting, memory
-from proteingpt.cluster.shapes import step_flops
+from proteingpt.cluster.shapes import Flops, step_flops, total
 from proteingpt.cluster.spec import Cluster, ClusterError, Kind
 from proteingpt.cluster.times import Rate
 from proteingpt.cluster.work import DataSet, StageWork, make_pack, stage_work
@@ -103,16 +103,20 @@ class Estimator:
         length = PrefixLength(encoders.number, config.model.projector_tokens)
         works = {name: self.stage_work(name, stage, config, length) for name, stage in config.stages.items()}
         rates = {kind: self.rate(kind, config) for kind in self.cluster.kinds}
-        kinds = [self.of_kind(kind, rates[kind], choice, works, encoders, look_for_largest) for kind in self.cluster.kinds]
+        of_kind = partial(
+            self.of_kind, choice=choice, works=works, encoders=encoders, look_for_largest=look_for_largest
+        )
+        kinds = [of_kind(kind, rates[kind]) for kind in self.cluster.kinds]
         capacity = {found.kind: found.capacity for found in kinds}
         stages = [self.of_stage(name, work, choice, rates, capacity, encoders) for name, work in works.items()]
         return Outcome(choice, kinds, stages)
 
     def stage_work(self, name, stage, config: RunConfig, length: PrefixLength) -> StageWork:
         context = assemble.context_length(self.llm_config)
-        key = ("work", name, stage, config.seed, config.data.max_residues, length)
+        longest, crop = config.data.max_residues, config.data.long_proteins == "crop"
+        key = ("work", name, stage, config.seed, longest, crop, length)
         if key not in self.counted:
-            self.counted[key] = stage_work(self.data, name, stage, config.seed, length, context, config.data.max_residues)
+            self.counted[key] = stage_work(self.data, name, stage, config.seed, length, context, longest, crop)
         return self.counted[key]
 
     # ------------------------------------------------------------------------------------------------------- memory
@@ -139,7 +143,9 @@ class Estimator:
     def num_ranks(self) -> int:
         return len(self.cluster.ranks)
 
-    def of_kind(self, kind: Kind, rate: Rate, choice: Choice, works, encoders: EncoderShape, look_for_largest: bool) -> OfKind:
+    def of_kind(
+        self, kind: Kind, rate: Rate, choice: Choice, works, encoders: EncoderShape, look_for_largest: bool
+    ) -> OfKind:
         given = choice.config.devices.tokens_per_forward
         room = MARGIN * kind.gib * GIB
         several = any(max(map(len, work.steps)) > self.num_ranks for work in works.values())
@@ -153,7 +159,7 @@ class Estimator:
         largest = None
         if look_for_largest or given == "auto":
             most = MOST_ON_CPU if "CPU" in kind.name else MOST_TOKENS
-            largest = largest_that_fits(lambda tokens: needs(self.pack_of(tokens, work)).total <= room, most)
+            largest = largest_that_fits(lambda tokens: needs(self.pack_of(tokens, work)).total, room, most)
         capacity = given
         if given == "auto":
             packs = [stage.tokens_per_pack for stage in choice.config.stages.values()]
@@ -179,11 +185,14 @@ class Estimator:
                 line = found.lines["on" if config.model.activation_checkpointing else "off"]
                 overhead = line.overhead_seconds * self.llm_config.num_hidden_layers / found.layers
                 source = f"measured: {found.llm}, {found.precision}, train {found.train}, on {found.device}"
-                return Rate(line.flops_per_second, overhead, found.update_seconds / found.trained, source)
+                attention = (line.seconds_per_prefix_flop, line.seconds_per_branch_flop)
+                costs = [seconds / line.seconds_per_flop for seconds in attention]
+                update = found.update_seconds / found.trained
+                return Rate(1 / line.seconds_per_flop, overhead, update, source, *costs)
         if kind.flops is None:
             raise ClusterError(
-                f"{kind.label}: no data sheet known here. Give its tflops in a YAML cluster, or measure it: --calibrate FILE "
-                "there, --calibration FILE here"
+                f"{kind.label}: no data sheet known here. Give its tflops in a YAML cluster, or measure it: "
+                "--calibrate FILE there, --calibration FILE here"
             )
         return Rate(kind.flops, 0.0, update, kind.source)
 
@@ -203,9 +212,12 @@ class Estimator:
         seconds, shares = [], []
         for packs in work.steps:
             tokens = [pack.tokens for pack in packs]
-            flops = [step_flops(self.llm_config, p.tokens, p.answers, p.pairs, config.model.train, checkpointing) for p in packs]
+            flops = [
+                step_flops(self.llm_config, p.tokens, p.answers, p.pairs, config.model.train, checkpointing)
+                for p in packs
+            ]
             live = [0.0 if choice.cached else p.residues * encoders.flops_per_residue for p in packs]
-            mean = sum(flops) / len(flops)
+            mean = Flops(*(part / len(flops) for part in total(flops)))
             speeds = [sum(tokens) / len(tokens) / rate.seconds(mean) for rate in kept]
             asked = [1.0] * len(ranks) if config.devices.balance == "equal" else speeds
             shared = shared_out(tokens, capacities)
@@ -213,7 +225,8 @@ class Estimator:
             seconds.append(
                 times.step_seconds(tokens, flops, live, kept, asked, shared, moved, state, setting.stage == 3)
             )
-            shares.append(reached(tokens, asked, shared) if asked is speeds else equal_share(tokens, asked, speeds, shared))
+            measured = asked is speeds
+            shares.append(reached(tokens, asked, shared) if measured else equal_share(tokens, asked, speeds, shared))
         mean_seconds = sum(seconds) / len(seconds)
         hours = mean_seconds * work.num_steps / 3600
         return OfStage(
@@ -222,7 +235,7 @@ class Estimator:
         )  # fmt: skip
 
     def cache_against_live(self, outcome: Outcome) -> tuple[cache_plan.Estimate, int]:
-        """(the cache's cost and the live encoders', by the cache's own estimate; epochs), of the stage that reads most."""
+        """(the cache's cost and the live encoders', by its own estimate; epochs), of the stage that reads most."""
         config = outcome.choice.config
         encoders = encoder_shape(config.encoders)
         length = PrefixLength(encoders.number, config.model.projector_tokens)
@@ -233,7 +246,8 @@ class Estimator:
         rates = [by_kind[kind] / encoders.flops_per_residue for kind in self.cluster.ranks]
         readings = work.mean("residues") * work.steps_per_epoch / residues
         found = cache_plan.estimate(
-            int(encoders.rows_bytes(residues)), {"train": residues}, rates, epochs=stage.epochs, readings_per_epoch=readings
+            int(encoders.rows_bytes(residues)), {"train": residues}, rates, epochs=stage.epochs,
+            readings_per_epoch=readings,
         )
         return found, stage.epochs
 
@@ -249,17 +263,23 @@ def equal_share(tokens: list[int], asked: list[float], speeds: list[float], capa
     return sum(tokens) / sum(speeds) / max(load / speed for load, speed in zip(loads, speeds))
 
 
-def largest_that_fits(fits, most: int) -> int:
-    """The most tokens, in whole GRAINs up to `most`, for which fits(tokens) holds; 0 for none. fits: true up to some number."""
-    if fits(most):
-        return most
-    low, high = 0, 8
-    while high * GRAIN < most and fits(high * GRAIN):
-        low, high = high, 2 * high
+def largest_that_fits(bytes_of, room: float, most: int) -> int:
+    """The most tokens, in whole GRAINs up to `most`, for which bytes_of(tokens) <= room; 0 for none. bytes_of: never
+    less for more tokens, and nearly a line, on which the next number to try is looked for."""
+    low, high, tried = 0, most // GRAIN + 1, []
     while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle * GRAIN) else (low, middle)
+        grains = on_the_line(*tried[-2:], room) if 2 <= len(tried) < 6 else (low + high) // 2 if tried else 8
+        grains = min(max(grains, low + 1), high - 1)
+        taken = bytes_of(grains * GRAIN)
+        tried.append((grains, taken))
+        low, high = (grains, high) if taken <= room else (low, grains)
     return low * GRAIN
+
+
+def on_the_line(one: tuple[int, float], other: tuple[int, float], room: float) -> int:
+    """Where the line through two (grains, bytes) reaches `room`; far away where it does not rise."""
+    slope = (other[1] - one[1]) / (other[0] - one[0])
+    return int(one[0] + (room - one[1]) / slope) if slope > 0 else MOST_TOKENS
 
 
 def is_half(ds_config: dict) -> bool:
@@ -273,7 +293,8 @@ def with_zero(ds_config: dict, stage: int, optimizer: bool = False, weights: boo
     """The same JSON with another ZeRO stage, and with what is offloaded."""
     zero = {k: v for k, v in ds_config.get("zero_optimization", {}).items() if not k.startswith("offload_")}
     host = {"device": "cpu", "pin_memory": True}
-    zero |= {"stage": stage} | ({"offload_optimizer": host} if optimizer else {}) | ({"offload_param": host} if weights else {})
+    zero |= {"stage": stage} | ({"offload_optimizer": host} if optimizer else {})
+    zero |= {"offload_param": host} if weights else {}
     return {**ds_config, "zero_optimization": zero}
 
 
@@ -299,118 +320,7 @@ def alternatives(base: Choice) -> list[Choice]:
             lora = {} if train == "lora" else {"lora": type(model.lora)()}
             made.append(choice(f"train: {train}", config=with_model(train=train, **lora)))
     now = base.ds_config.get("zero_optimization", {})
-    place = (now.get("stage", 0), *(now.get(name, {}).get("device", "none") != "none" for name in ("offload_optimizer", "offload_param")))
-    same = {(1, False, False): 0, (2, False, False): 1, (3, False, False): 2, (2, True, False): 3, (3, True, True): 4}.get(place)
+    offloads = (now.get(name, {}).get("device", "none") != "none" for name in ("offload_optimizer", "offload_param"))
+    places = {(1, False, False): 0, (2, False, False): 1, (3, False, False): 2, (2, True, False): 3, (3, True, True): 4}
+    same = places.get((now.get("stage", 0), *offloads))
     return [c for number, c in enumerate(made) if number != same]
-
-
-def advice(outcome: Outcome, others: list[Outcome]) -> list[str]:
-    """What to change where it does not fit, in words."""
-    lines = []
-    for found in outcome.kinds:
-        if not found.fits:
-            over = found.memory.total / GIB - MARGIN * found.kind.gib
-            lines.append(
-                f"{found.kind.label}: {over:.1f} GiB too much of the {MARGIN * found.kind.gib:.1f} that a step may fill, while "
-                f"{found.memory.moment}."
-            )
-            if found.largest_forward:
-                lines.append(
-                    f"  Forwards of up to {found.largest_forward} tokens would fit: lower tokens_per_pack, "
-                    "devices.tokens_per_forward or data.max_residues."
-                )
-    if lines:
-        fitting = sorted((o for o in others if o.fits), key=lambda o: o.hours)
-        if fitting:
-            lines.append("What fits with one change, fastest first: " + "; ".join(f"{o.choice.label} ({o.hours:.3g} h)" for o in fitting))
-        else:
-            lines.append("No single change here fits: change two (ZeRO 3 with checkpointing, or train: lora), or leave the smaller devices out.")
-    return lines
-
-
-# --------------------------------------------------------------------------------------------------------------- showing
-
-
-def table(rows: list[tuple]) -> str:
-    """Markdown; the first row is the head."""
-    texts = [[str(cell) for cell in row] for row in rows]
-    widths = [max(len(row[i]) for row in texts) for i in range(len(texts[0]))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in texts]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
-
-
-def memory_table(outcome: Outcome) -> str:
-    parts = ("weights", "encoders", "gradients", "optimizer", "activations")
-    rows = [("GiB of a rank", *parts[:1], "cache" if outcome.choice.cached else "encoders", *parts[2:], "in all", "fits", "fullest while", "largest forward")]
-    for found in outcome.kinds:
-        values = [f"{getattr(found.memory, part) / GIB:.2f}" for part in parts]
-        whole = f"{found.memory.total / GIB:.1f} of {MARGIN * found.kind.gib:.1f}"
-        at_least = "" if found.largest_forward not in (MOST_TOKENS, MOST_ON_CPU) else "over "
-        largest = "-" if found.largest_forward is None else f"{at_least}{found.largest_forward:,} tokens"
-        rows.append((f"{found.kind.count} x {found.kind.label}", *values, whole, yes(found.fits), found.memory.moment, largest))
-    return table(rows)
-
-
-def time_table(outcome: Outcome) -> str:
-    rows = [("stage", "steps", "packs a step", "of summed speed", "s a step", "tokens/s", "hours", "GPU-hours")]
-    for s in outcome.stages:
-        rows.append(
-            (s.name, f"{s.num_steps:,}", f"{s.packs_per_step:.3g}", f"{s.share:.1%}", f"{s.step_seconds:.3g}",
-             f"{s.tokens_per_second:,.0f}", f"{s.hours:,.1f}", f"{s.gpu_hours:,.1f}")
-        )  # fmt: skip
-    return table(rows)
-
-
-def others_table(others: list[Outcome]) -> str:
-    rows = [("instead", "fits", "GiB on the fullest rank", "hours")]
-    for o in others:
-        full = o.fullest
-        rows.append((o.choice.label, yes(o.fits), f"{full.memory.total / GIB:.1f} of {MARGIN * full.kind.gib:.1f} ({full.kind.label})", f"{o.hours:,.1f}"))
-    return table(rows)
-
-
-def yes(value: bool) -> str:
-    return "yes" if value else "NO"
-
-
-def title(outcome: Outcome, llm: str, cluster: Cluster) -> str:
-    choice = outcome.choice
-    stage = choice.ds_config.get("zero_optimization", {}).get("stage", 0)
-    kinds = " + ".join(f"{kind.count} x {kind.label}" for kind in cluster.kinds)
-    checkpointing = ", activation checkpointing" if choice.config.model.activation_checkpointing else ""
-    rows = "cached embeddings" if choice.cached else "live encoders"
-    precision = next((p for p in ("bf16", "fp16") if choice.ds_config.get(p, {}).get("enabled")), "fp32")
-    return f"{choice.config.recipe}: {llm}, train {choice.config.model.train}{checkpointing}, ZeRO {stage} in {precision}, {rows}, on {kinds}"
-
-
-def text_of(outcome: Outcome, others: list[Outcome], llm: str, estimator: Estimator) -> str:
-    cached, epochs = estimator.cache_against_live(outcome)
-    hosts = [found for found in outcome.kinds if found.memory.host]
-    lines = [title(outcome, llm, estimator.cluster), "", memory_table(outcome), "", time_table(outcome), "", others_table(others), ""]
-    lines += advice(outcome, others)
-    lines += [f"host memory of a rank: {found.memory.host / GIB:.1f} GiB" for found in hosts[:1]]
-    lines += [f"rate of {found.kind.label}: {found.rate.flops / 1e12:.4g} TFLOP/s, {found.rate.source}" for found in outcome.kinds]
-    lines.append(f"link: {estimator.cluster.link_gbps:g} GB/s, assumed unless a YAML cluster gives it; data: {estimator.data.source}")
-    lines.append(
-        f"encoders: assumed at their device's rate. A cache takes {cached.num_bytes / 1e9:.0f} GB and {cached.hours_to_cache:.3g} "
-        f"hours; live they take {cached.hours_live:.3g} in {epochs} epoch(s)"
-    )
-    return "\n".join(lines)
-
-
-def json_of(outcome: Outcome, others: list[Outcome], llm: str, estimator: Estimator) -> dict:
-    return {
-        "title": title(outcome, llm, estimator.cluster),
-        "fits": outcome.fits,
-        "hours": outcome.hours,
-        "kinds": [
-            {**dataclasses.asdict(k), "memory": {**dataclasses.asdict(k.memory), "total": k.memory.total}} for k in outcome.kinds
-        ],
-        "stages": [dataclasses.asdict(stage) for stage in outcome.stages],
-        "others": [
-            {"label": o.choice.label, "fits": o.fits, "gib": o.fullest.memory.total / GIB, "hours": o.hours} for o in others
-        ],
-        "advice": advice(outcome, others),
-        "data": estimator.data.source,
-        "link_gbps": estimator.cluster.link_gbps,
-    }

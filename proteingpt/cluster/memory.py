@@ -1,8 +1,9 @@
 """What a training step holds in a rank's memory, part by part, before any device is touched.
 
-Weights, gradients and optimizer state follow from shapes, from the ZeRO stage, and from what DeepSpeed 0.19 and our engine
-copy when (read in their source, held to measured steps by tests/numerics/test_estimate.py). Activations are counted by
-activations.py. A step has three moments, forward and backward, reducing, and the update, whose scratch is never there
+Weights, gradients and optimizer state follow from shapes, from the ZeRO stage, and from what DeepSpeed 0.19 and our
+engine copy when (read in their source, held to measured steps by tests/numerics/test_estimate.py). Activations are
+counted by activations.py. A step has three moments, forward and backward, reducing, and the update, whose scratch is
+never there
 together: the fullest counts. Given up: what allocators lose between blocks (a margin, see MARGIN).
 """
 
@@ -13,14 +14,15 @@ from proteingpt.training.engine import KEPT_AT_MOST
 MARGIN = 0.92  # share of a device's memory that a step may fill: the rest is its context, NCCL's buffers and gaps
 FP32 = 4
 MOMENTS = 2 * FP32  # AdamW's two, for each parameter that trains
-# DeepSpeed's defaults: zero_optimization.reduce_bucket_size, stage3_max_live_parameters, stage3_prefetch_bucket_size and
-# sub_group_size, in elements.
+# DeepSpeed's defaults: zero_optimization.reduce_bucket_size, stage3_max_live_parameters, stage3_prefetch_bucket_size
+# and sub_group_size, in elements.
 REDUCE_BUCKET, STAGE3_LIVE, STAGE3_PREFETCH, SUB_GROUP = 5e8, 1e9, 5e7, 1e9
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters: frozen, trained, the largest trained tensor, and those of the largest module that ZeRO 3 gathers whole."""
+    """Parameters: frozen, trained, the largest trained tensor, and those of the largest module that ZeRO 3 gathers
+    whole."""
 
     frozen: int
     trained: int
@@ -30,8 +32,8 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes at the fullest moment of a forward and backward, beside the weights. with_gradients: where those of the weights
-    stay where they are made; alone: where each goes at once."""
+    """Bytes at the fullest moment of a forward and backward, beside the weights. with_gradients: where those of the
+    weights stay where they are made; alone: where each goes at once."""
 
     with_gradients: float
     alone: float
@@ -39,8 +41,8 @@ class Activations:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank at its fullest moment: `moment`. optimizer: its state, and its scratch if it is then. host: what
-    offload puts elsewhere."""
+    """Bytes on one rank at its fullest moment: `moment`. optimizer: its state, and its scratch if it is then. host:
+    what offload puts elsewhere."""
 
     weights: float
     encoders: float
@@ -57,9 +59,9 @@ class Memory:
 
 @dataclass(frozen=True)
 class Setting:
-    """What of a DeepSpeed JSON, and of how a rank works, memory depends on. element: bytes of a weight. several: a rank has
-    more than one forward in a step. on_cpu: where torch's AdamW goes tensor by tensor, and memory that nobody has written to
-    takes no place; on a GPU it updates all at once."""
+    """What of a DeepSpeed JSON, and of how a rank works, memory depends on. element: bytes of a weight. several: a rank
+    has more than one forward in a step. on_cpu: where torch's AdamW goes tensor by tensor, and memory that nobody has
+    written to takes no place; on a GPU it updates all at once."""
 
     stage: int
     element: int
@@ -75,7 +77,9 @@ class Setting:
     offloads_weights: bool
 
     @staticmethod
-    def of(sizes: Sizes, world_size: int, ds_config: dict, several=False, on_cpu=False, kept_at_most=KEPT_AT_MOST) -> "Setting":
+    def of(
+        sizes: Sizes, world_size: int, ds_config: dict, several=False, on_cpu=False, kept_at_most=KEPT_AT_MOST
+    ) -> "Setting":
         zero = ds_config.get("zero_optimization", {})
         stage = zero.get("stage", 0)
         half = any(ds_config.get(name, {}).get("enabled") for name in ("bf16", "fp16"))
@@ -118,8 +122,8 @@ def memory(sizes: Sizes, activations: Activations, setting: Setting, encoders: f
 
 
 def state_memory(sizes: Sizes, setting: Setting) -> Memory:
-    """What stands through the whole run. Stage 1 cuts the optimizer's state over the ranks, 2 the gradients, 3 the weights
-    (arXiv 1910.02054, section 5)."""
+    """What stands through the whole run. Stage 1 cuts the optimizer's state over the ranks, 2 the gradients, 3 the
+    weights (arXiv 1910.02054, section 5)."""
     s, all_weights = setting, sizes.frozen + sizes.trained
     weights, gradients = s.element * all_weights, 0.0
     # In 16 bits the optimizer owns fp32 copies of the weights; ZeRO makes them in fp32 as well.
@@ -154,7 +158,8 @@ def backward_scratch(sizes: Sizes, activations: Activations, setting: Setting) -
     s, whole = setting, setting.element * sizes.trained
     made = max(0.0, activations.with_gradients - activations.alone)
     if s.keeps:
-        # The engine adds up in fp32 what autograd hands over whole: the sum so far, and at the end a copy beside the new.
+        # The engine adds up in fp32 what autograd hands over whole: the sum so far, and at the end a copy beside the
+        # new.
         earlier = FP32 * sizes.trained if s.several else 0.0
         at_the_end = whole + (FP32 * sizes.trained if s.element < FP32 else 0.0)
         return max((0.0, earlier + made, 0.0, activations.alone), (0.0, earlier + at_the_end, 0.0, 0.0), key=sum)
@@ -197,7 +202,8 @@ def update_scratch(sizes: Sizes, setting: Setting) -> Scratch:
 
 
 def adam_bytes(parameters: float, largest: float, setting: Setting) -> float:
-    """Temporaries of torch's AdamW: its denominator, of all tensors at once on a GPU; on a CPU tensor by tensor, and twice."""
+    """Temporaries of torch's AdamW: its denominator, of all tensors at once on a GPU; on a CPU tensor by tensor, and
+    twice."""
     return 2 * FP32 * largest if setting.on_cpu else FP32 * parameters
 
 

@@ -1,19 +1,18 @@
-"""Language models by name, without their weights, and what their matrix products cost.
+"""Language models by name, without their weights, and what a step executes in them.
 
-Shapes are those of the published config.json files. FLOPs are those that are executed: 2 for each parameter and token
-forward, 2 backward to the activations and, where the weight trains, 2 to the weight; forward once more under checkpointing.
+Shapes are those of the published config.json files. FLOPs are those that are executed: of matrix products as
+model.flops counts them, forward once more under checkpointing, and of attention.
 """
 
-import json
-from functools import lru_cache
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
-import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from proteingpt.data.collate import Pack
 from proteingpt.model import assemble
+from proteingpt.model.flops import matrix_flops
 from proteingpt.model.protein_gpt import LOGITS_BYTES, PLAIN_HEADS
 
 LLAMA2_7B = dict(
@@ -55,35 +54,22 @@ def llm_config(name: str):
     return assemble.llm_config(name)
 
 
-@lru_cache(maxsize=8)
-def _linear_parameters(text: str, config_class) -> tuple[int, int]:
-    with torch.device("meta"):
-        llm = AutoModelForCausalLM.from_config(config_class.from_dict(json.loads(text)))
-    head = llm.get_output_embeddings()
-    maps = sum(m.weight.numel() for m in llm.modules() if isinstance(m, nn.Linear) and m is not head)
-    return maps, head.weight.numel()
+class Pairs(NamedTuple):
+    """Pairs of tokens that see each other: both on a prefix, or the one on a branch."""
+
+    prefix: int
+    branch: int
 
 
-def linear_parameters(config) -> tuple[int, int]:
-    """(of the layers' linear maps, of the head) of any LLM, by making it without bytes."""
-    return _linear_parameters(config.to_json_string(use_diff=False), type(config))
+def pairs_of(prefix: int, branches: list[int]) -> Pairs:
+    """Of a group."""
+    return Pairs(prefix * (prefix + 1) // 2, sum(prefix * n + n * (n + 1) // 2 for n in branches))
 
 
-def matrix_flops(config, num_tokens: int, num_answer_tokens: int, passes: float = 4, head_passes: float = 4) -> float:
-    """For each parameter and token of the layers' linear maps, and of the head's for answer tokens. 4: frozen."""
-    layers, head = linear_parameters(config)
-    return float(passes * layers * num_tokens + head_passes * head * num_answer_tokens)
-
-
-def pairs_of(prefix: int, branches: list[int]) -> int:
-    """Pairs of tokens that see each other in a group."""
-    return prefix * (prefix + 1) // 2 + sum(prefix * n + n * (n + 1) // 2 for n in branches)
-
-
-def pack_pairs(pack: Pack) -> int:
+def pack_pairs(pack: Pack) -> Pairs:
     starts = zip(pack.group_starts, pack.group_starts[1:])
     counts = [pack.branch_ids[begin:end].bincount().tolist() for begin, end in starts]
-    return sum(pairs_of(prefix, branches) for prefix, *branches in counts)
+    return Pairs(*map(sum, zip(*(pairs_of(prefix, branches) for prefix, *branches in counts))))
 
 
 def attention_flops(config, pairs: int, passes: float = 3) -> float:
@@ -92,9 +78,22 @@ def attention_flops(config, pairs: int, passes: float = 3) -> float:
     return 4.0 * passes * pairs * head * config.num_attention_heads * config.num_hidden_layers
 
 
-def step_flops(config, tokens: int, answers: int, pairs: int, train: str, checkpointing: bool) -> float:
+class Flops(NamedTuple):
+    """Of matrix products with weights, and of attention on prefixes and from branches, which devices do not compute at
+    the same rate: what only looks back needs no mask."""
+
+    matrix: float
+    prefix: float = 0.0
+    branch: float = 0.0
+
+
+def total(parts: Iterable[Flops]) -> Flops:
+    return Flops(*map(sum, zip(*parts)))
+
+
+def step_flops(config, tokens: int, answers: int, pairs: Pairs, train: str, checkpointing: bool) -> Flops:
     """Executed in the forward and backward of a pack, beside the projector, a thousandth of it."""
     passes, again = 6 if train == "full" else 4, 2 if checkpointing else 0
     chunked = config.model_type in PLAIN_HEADS and answers * config.vocab_size * 4 > LOGITS_BYTES
     matrices = matrix_flops(config, tokens, answers, passes + again, passes + (2 if chunked else 0))
-    return matrices + attention_flops(config, pairs, 4 if checkpointing else 3)
+    return Flops(matrices, *(attention_flops(config, number, 4 if checkpointing else 3) for number in pairs))

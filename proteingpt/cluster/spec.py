@@ -1,4 +1,5 @@
-"""A cluster in a line, `2xH100-80,2xA100-40`, or in a YAML file: kinds of devices, how many, and how fast they are held to be."""
+"""A cluster in a line, `2xH100-80,2xA100-40`, or in a YAML file: kinds of devices, how many, and how fast they are held
+to be."""
 
 import re
 from dataclasses import dataclass
@@ -8,7 +9,8 @@ import yaml
 
 from proteingpt.devices import peak_flops
 
-# Published model-FLOP utilisation of 7B training (LLM-Foundry's table), by the device's name and memory. Elsewhere ASSUMED_MFU.
+# Published model-FLOP utilisation of 7B training (LLM-Foundry's table), by the device's name and memory. Elsewhere
+# ASSUMED_MFU.
 PUBLISHED_MFU = {("H100", 80): 0.46, ("A100", 80): 0.64, ("A100", 40): 0.51}
 ASSUMED_MFU = 0.40
 LINK_GBPS = 20.0  # what PCIe 4.0 x16 carries of its 32 GB/s, for gradients, gathered weights and offload
@@ -21,8 +23,8 @@ class ClusterError(ValueError):
 
 @dataclass(frozen=True)
 class Kind:
-    """Devices that are alike. gib: of memory; flops: a second that training reaches; source: where that is from. name: as
-    NVIDIA's drivers hold it, without the memory."""
+    """Devices that are alike. gib: of memory; flops: a second that training reaches; source: where that is from. name:
+    as NVIDIA's drivers hold it, without the memory."""
 
     count: int
     name: str
@@ -53,14 +55,21 @@ def make_kind(count: int, name: str, gib: float, tflops: float | None = None, mf
     sheet = tflops * 1e12 if tflops else peak_flops(name)
     if sheet is None:
         return Kind(count, name, gib, None, "unknown")
-    published = next((share for (key, size), share in PUBLISHED_MFU.items() if key in name and abs(size - gib) < 8), None)
-    share, whence = (mfu, "given") if mfu else (published, "LLM-Foundry, 7B") if published else (ASSUMED_MFU, "no published figure")
+    published = next(
+        (share for (key, size), share in PUBLISHED_MFU.items() if key in name and abs(size - gib) < 8), None
+    )
+    share, whence = (
+        (mfu, "given") if mfu else (published, "LLM-Foundry, 7B") if published else (ASSUMED_MFU, "no published figure")
+    )
     rate = "given" if tflops else "data sheet"
-    return Kind(count, name, gib, sheet * share, f"assumed: {share:.0%} ({whence}) of {sheet / 1e12:.0f} TFLOP/s ({rate})")
+    return Kind(
+        count, name, gib, sheet * share, f"assumed: {share:.0%} ({whence}) of {sheet / 1e12:.0f} TFLOP/s ({rate})"
+    )
 
 
 def parse_cluster(text: str) -> Cluster:
-    """`COUNTxNAME-GIB,...`, or the path of a YAML file: {devices: [{count, name, gib, tflops, mfu}, ...], link_gbps}."""
+    """`COUNTxNAME-GIB,...`, or the path of a YAML file: {devices: [{count, name, gib, tflops, mfu}, ...],
+    link_gbps}."""
     if text.endswith((".yaml", ".yml")):
         return read_cluster(Path(text))
     kinds = []
@@ -80,7 +89,9 @@ def read_cluster(path: Path) -> Cluster:
         for device in devices:
             if unknown := sorted(set(device) - FIELDS):
                 raise ClusterError(f"{path}: {unknown[0]} is no field of a device; known: {', '.join(sorted(FIELDS))}")
-        kinds = [make_kind(**{"count": 1, **device, "name": str(device["name"]).replace("-", " ")}) for device in devices]
+        kinds = [
+            make_kind(**{"count": 1, **device, "name": str(device["name"]).replace("-", " ")}) for device in devices
+        ]
     except ClusterError:
         raise
     except OSError as error:

@@ -11,8 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import ssh_nodes
 from commands import REPOSITORY, environment, execute, workplace
+from killing import content
 from slurm_cluster import Cluster, missing
+from ssh_nodes import ADDRESSES
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 RECIPE = (
@@ -46,7 +49,7 @@ def losses(run: Path) -> list[float]:
     for stage, num_steps in (("align", 3), ("instruct", 12)):
         events = EventAccumulator(str(run / "tensorboard" / stage))
         events.Reload()
-        scalars = events.Scalars("loss")
+        scalars = events.Scalars("learning/loss")
         assert [scalar.step for scalar in scalars] == list(range(1, num_steps + 1))
         values += [scalar.value for scalar in scalars]
     return values
@@ -71,6 +74,33 @@ def test_preflight_under_a_launcher_lists_every_rank(folder, expected):
     assert (done.returncode == 0) == (said["findings"] == [])
 
 
+HOSTFILE = f"{ADDRESSES[0]} slots=2\n{ADDRESSES[1]} slots=1\n"
+
+
+@pytest.mark.nightly
+def test_unequal_slots_over_two_hosts_give_the_losses_of_one_host(tmp_path):
+    """`deepspeed --hostfile` by pdsh and ssh, between two network namespaces. Gloo is told the device that joins them,
+    as on any machine whose name is not its address, by DeepSpeed's own file for environments."""
+    if lacking := ssh_nodes.missing():
+        pytest.skip(f"two hosts cannot be made here: {lacking} missing")
+    folder = workplace(tmp_path)
+    (folder / "hosts").write_text(HOSTFILE)
+    nodes = ssh_nodes.Nodes(tmp_path)
+    single = execute(f"deepspeed --num_accelerators 3 launch/train.py {RECIPE} --output runs/one", folder)
+    assert single.returncode == 0, single.stderr[-3000:]
+    (folder / ".deepspeed_env").write_text(f"GLOO_SOCKET_IFNAME={ssh_nodes.DEVICE}\nOMP_NUM_THREADS=1\n")
+    try:
+        nodes.start()
+        launcher = (
+            f"deepspeed --hostfile hosts --ssh_port {ssh_nodes.SSH_PORT} --no_ssh_check --master_addr {ADDRESSES[0]}"
+        )
+        done = execute(nodes.on_first(f"{launcher} launch/train.py {RECIPE} --output runs/two"), folder)
+    finally:
+        nodes.stop()
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert losses(folder / "runs/two") == losses(folder / "runs/one")
+
+
 # -------------------------------------------------------------------------------------------------------------- SLURM
 
 nightly = pytest.mark.nightly
@@ -90,7 +120,9 @@ def cluster(tmp_path_factory):
 
 def submit(cluster, folder, script: str, arguments: str, options: str = "", **variables: str) -> int:
     variables = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **variables}
-    return cluster.submit(f"launch/slurm/{script}", arguments, options=options, cwd=folder, environment=environment() | variables)
+    return cluster.submit(
+        f"launch/slurm/{script}", arguments, options=options, cwd=folder, environment=environment() | variables
+    )
 
 
 def log_of(folder: Path, job: int) -> str:
@@ -98,62 +130,139 @@ def log_of(folder: Path, job: int) -> str:
 
 
 @nightly
-def test_a_mixed_job_trains_across_unlike_nodes(cluster, folder, expected):
+def test_a_mixed_job_trains_across_unlike_nodes_and_comes_back_after_a_stop(cluster, folder, expected):
     """One rank on each of two nodes. Rank 0's node comes last in the alphabet, as h100 after a100."""
-    options = "--nodes=1 --ntasks-per-node=1 --gres=gpu:h100:1 --constraint=h100 : --nodes=1 --ntasks-per-node=1 --gres=gpu:a100:1 --constraint=a100"
-    job = submit(cluster, folder, "train_mixed.sbatch", f"{RECIPE} --output runs/mixed", options)
+    sizes = ["--nodes=1 --ntasks-per-node=1 --cpus-per-task=1 --gres=gpu:h100:1 --constraint=h100 --time=33"]
+    sizes.append("--nodes=1 --ntasks-per-node=1 --cpus-per-task=1 --gres=gpu:a100:1 --constraint=a100")
+    job = submit(cluster, folder, "train_mixed.sbatch", f"{RECIPE} --output runs/mixed", " : ".join(sizes))
+    assert cluster.facts(job, "TimeLimit") == ["00:33:00"] * 2
+    cluster.wait_for(lambda: list(folder.glob("runs/mixed/*/step-*")), 120)
+    cluster.command(f"scancel --signal=USR1 {job}")
+    cluster.wait_for(lambda: cluster.facts(job, "Restarts") == ["1", "1"], 60)
+    # Mixed jobs are started by the backfill scheduler alone, which on an idle cluster looks again when a job has
+    # changed.
+    cluster.command(f"scontrol update job={job} StartTime=now")
     assert cluster.wait(job) == "COMPLETED", log_of(folder, job)[-3000:]
     assert losses(folder / "runs/mixed") == expected
 
 
 @nightly
-def test_a_job_that_is_told_to_stop_saves_goes_back_into_the_queue_and_ends_with_the_same_losses(cluster, folder, expected):
+def test_a_job_that_is_told_to_stop_saves_goes_back_into_the_queue_and_ends_with_the_same_losses(
+    cluster, folder, expected
+):
     job = submit(cluster, folder, "train.sbatch", f"{RECIPE} --output runs/requeued", "--ntasks-per-node=2")
     cluster.wait_for(lambda: list(folder.glob("runs/requeued/*/step-*")), 120)
     cluster.command(f"scancel --signal=USR1 {job}")
     cluster.wait_for(lambda: "requeueing job" in log_of(folder, job), 60)
     assert cluster.wait(job) == "COMPLETED", log_of(folder, job)[-3000:]
-    assert re.search(r"Restarts=1\b", cluster.command(f"scontrol show job {job}"))
+    assert cluster.facts(job, "Restarts") == ["1"]
     assert losses(folder / "runs/requeued") == expected
+    assert not list(folder.glob("requeues-*"))
+
+
+def program(folder: Path, name: str, lines: str) -> str:
+    """A shell script in the place of Python."""
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{lines}\n")
+    path.chmod(0o755)
+    return str(path)
 
 
 @nightly
-def test_a_job_that_never_gets_anywhere_gives_up(cluster, folder):
+def test_a_job_that_never_gets_anywhere_gives_up_and_its_tasks_have_their_cores(cluster, folder):
     """A run that always asks to be requeued, as one does whose time is over before its first checkpoint."""
-    fruitless = folder / "fruitless"
-    fruitless.write_text("#!/bin/sh\nexit 85\n")
-    fruitless.chmod(0o755)
-    (folder / "runs/nowhere").mkdir(parents=True)
-    job = submit(cluster, folder, "train.sbatch", "--output runs/nowhere", PYTHON=str(fruitless), MAX_FRUITLESS="1")
+    fruitless = program(folder, "fruitless", "echo cores: $SLURM_CPUS_PER_TASK\nexit 85")
+    job = submit(
+        cluster,
+        folder,
+        "train.sbatch",
+        "--output runs/nowhere",
+        "--cpus-per-task=3",
+        PYTHON=fruitless,
+        MAX_FRUITLESS="1",
+    )
     assert cluster.wait(job) == "FAILED"
-    assert re.search(r"Restarts=1\b", cluster.command(f"scontrol show job {job}"))
-    assert "requeued 1 times without a new checkpoint in runs/nowhere: giving up" in log_of(folder, job)
+    assert cluster.facts(job, "Restarts") == ["1"]
+    said = log_of(folder, job)
+    assert "requeued 1 times without anything new in runs/nowhere: giving up" in said
+    assert said.count("cores: 3") == 2
 
 
 @nightly
-def test_a_job_without_an_output_is_refused_at_once(cluster, folder):
-    job = submit(cluster, folder, "train.sbatch", "--ds_config ds_configs/zero2.json")
-    assert cluster.wait(job) == "FAILED" and "give --output DIR" in log_of(folder, job)
+def test_ranks_that_die_on_their_way_out_do_not_undo_a_saved_stop(cluster, folder):
+    """RUN/requeue says that the run has saved; the second start finds it finished."""
+    lines = '[ -z "$SLURM_RESTART_COUNT" ] && touch runs/marked/requeue && exit 70\nrm runs/marked/requeue'
+    (folder / "runs/marked").mkdir(parents=True)
+    job = submit(cluster, folder, "train.sbatch", "--output runs/marked", PYTHON=program(folder, "dies", lines))
+    assert cluster.wait(job) == "COMPLETED", log_of(folder, job)
+    assert cluster.facts(job, "Restarts") == ["1"]
 
 
 @nightly
-def test_shards_are_built_and_their_rows_cached_by_jobs(cluster, folder, expected):
-    """build_shards.sbatch and cache_embeddings.sbatch, on two ranks each."""
+def test_tasks_of_an_array_whose_time_is_over_come_back_each_by_itself(cluster, folder):
+    """SLURM's own time limit, of a minute, of which the signal takes all: each task is requeued once, and no task with
+    it but itself, as its first one would by the number that it shares with the array."""
+    slow = program(folder, "slow", '[ -z "$SLURM_RESTART_COUNT" ] && exec sleep 200\nexit 0')
+    job = submit(cluster, folder, "cache_embeddings.sbatch", "--out shards/none", "--array=0-1 --time=1", PYTHON=slow)
+    assert cluster.wait(job) == "COMPLETED", log_of(folder, job)
+    assert cluster.facts(job, "Restarts") == ["1", "1"]
+
+
+@nightly
+@pytest.mark.parametrize(
+    "script, option", [("train", "--output"), ("cache_embeddings", "--out"), ("evaluate", "--out")]
+)
+def test_a_job_without_its_place_is_refused_at_once(cluster, folder, script, option):
+    job = submit(cluster, folder, f"{script}.sbatch", "--ds_config ds_configs/zero2.json")
+    assert cluster.wait(job) == "FAILED" and f"give {option} DIR" in log_of(folder, job)
+
+
+@nightly
+def test_a_job_submitted_from_elsewhere_says_from_where(cluster, tmp_path):
+    script = REPOSITORY / "launch/slurm/train.sbatch"
+    job = cluster.submit(str(script), "--output runs/x", cwd=tmp_path, environment=environment())
+    assert cluster.wait(job) == "FAILED" and "launch/slurm/common.sh: No such file" in log_of(tmp_path, job)
+
+
+@nightly
+def test_shards_are_built_by_a_job(cluster, folder, expected):
     structures = folder / "structures"
     structures.mkdir()
     shutil.copy(folder / "shards/demo/example.pdb", structures / "made.pdb")
     job = submit(cluster, folder, "build_shards.sbatch", "--structures structures --out shards/built", "--ntasks=2")
     assert cluster.wait(job) == "COMPLETED", log_of(folder, job)[-3000:]
     assert (folder / "shards/built/manifest.json").is_file()
-    encoders = " ".join(f"--{name} {path}" for name, path in demo_encoders(folder).items())
-    job = submit(cluster, folder, "cache_embeddings.sbatch", f"--data shards/demo --out shards/rows {encoders}", "--ntasks-per-node=2")
+
+
+@nightly
+def test_a_model_is_evaluated_by_a_job(cluster, folder, expected):
+    asked = "--model runs/deepspeed/model --data shards/demo --out report --proteins 2 --questions 2 --max-new-tokens 4"
+    job = submit(cluster, folder, "evaluate.sbatch", asked, "--ntasks-per-node=2")
     assert cluster.wait(job) == "COMPLETED", log_of(folder, job)[-3000:]
-    assert (folder / "shards/rows/manifest.json").is_file()
+    assert (folder / "report/index.html").is_file()
+
+
+@nightly
+def test_an_array_of_jobs_writes_the_bytes_of_one_run(cluster, folder, expected):
+    """Three jobs at the same time, over both nodes, into one directory."""
+    encoders = " ".join(f"--{name} {path}" for name, path in demo_encoders(folder).items())
+    job = submit(
+        cluster, folder, "cache_embeddings.sbatch", f"--data shards/demo --out shards/rows {encoders}", "--array=0-2"
+    )
+    assert cluster.wait(job) == "COMPLETED", log_of(folder, job)[-3000:]
+    assert len(list(folder.glob(f"cache-embeddings-{job}_*.log"))) == 3
+    done = execute(f"python launch/cache_embeddings.py --data shards/demo --out shards/alone {encoders}", folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone, together = content(folder / "shards/alone"), content(folder / "shards/rows")
+    assert together == alone and "manifest.json" in alone
 
 
 def demo_encoders(folder: Path) -> dict[str, Path]:
     found = {path.name: path for path in (folder / "shards/demo").rglob("*.pt")}
-    return {"esm2": next(p for n, p in found.items() if "esm2" in n), "esm-if": next(p for n, p in found.items() if "if1" in n)}
+    return {
+        "esm2": next(p for n, p in found.items() if "esm2" in n),
+        "esm-if": next(p for n, p in found.items() if "if1" in n),
+    }
 
 
 def test_every_script_is_valid_bash_and_names_its_program():

@@ -1,7 +1,7 @@
 """What the estimate says a rank will hold is what real steps of the engine take, to 10 %.
 
-Peaks are Linux's own (VmHWM) of forked ranks on the CPU, from before the model is made. Models are large enough that their
-tensors stand above what Python and libraries take. glibc is told to give back at once what is freed, else a peak
+Peaks are Linux's own (VmHWM) of forked ranks on the CPU, from before the model is made. Models are large enough that
+their tensors stand above what Python and libraries take. glibc is told to give back at once what is freed, else a peak
 would depend on what ran before.
 """
 
@@ -94,7 +94,8 @@ def run_steps(case: Case, device) -> float:
 def peak_on_rank(rank, device, case: Case) -> float:
     libc = ctypes.CDLL("libc.so.6")
     libc.mallopt(M_MMAP_THRESHOLD, 2**16), libc.mallopt(M_TRIM_THRESHOLD, 2**16)
-    run_steps(Case(case.train, case.stage, case.bf16, ranks=case.ranks, shape=TINY), device)  # loads what is loaded once
+    # loads what is loaded once
+    run_steps(Case(case.train, case.stage, case.bf16, ranks=case.ranks, shape=TINY), device)
     return run_steps(case, device)
 
 

@@ -3,8 +3,9 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ranks import World
 
-from proteingpt.distributed import LaunchError, Rank, detect, first_host
+from proteingpt.distributed import LaunchError, Rank, Seat, check_seats, detect, first_host
 
 DEEPSPEED = {
     "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_SIZE": "2", "CROSS_RANK": "1", "CROSS_SIZE": "2",
@@ -80,13 +81,21 @@ def test_srun_that_speaks_pmi_is_srun():
 
 def test_in_a_heterogeneous_job_rank_0_is_in_group_0_whatever_its_nodes_are_called():
     """As SLURM 22.05 set it for `srun --het-group=0,1` over h100-0 (two tasks, rank 0 first) and a100-0 (one)."""
-    step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "3", "SLURM_NTASKS": "3", "SLURM_JOB_ID": "1", "SLURM_HET_SIZE": "2"}
+    step = {
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": "3",
+        "SLURM_NTASKS": "3",
+        "SLURM_JOB_ID": "1",
+        "SLURM_HET_SIZE": "2",
+    }
     nodes = {
         "SLURM_STEP_NODELIST": "a100-0,h100-0",
         "SLURM_JOB_NODELIST_HET_GROUP_0": "h100-0",
         "SLURM_JOB_NODELIST_HET_GROUP_1": "a100-0",
     }
-    ranks = [detect({**step, **nodes, "SLURM_PROCID": str(p), "SLURM_LOCALID": str(l)}) for p, l in enumerate([0, 1, 0])]
+    ranks = [
+        detect({**step, **nodes, "SLURM_PROCID": str(p), "SLURM_LOCALID": str(l)}) for p, l in enumerate([0, 1, 0])
+    ]
     assert [rank.master_addr for rank in ranks] == ["h100-0"] * 3
     assert [(rank.rank, rank.local_rank) for rank in ranks] == [(0, 0), (1, 1), (2, 0)]
 
@@ -168,3 +177,58 @@ def test_first_host_of_plain_names_is_the_first(names):
 def test_a_node_list_without_a_name_is_refused_with_what_it_holds(nodelist):
     with pytest.raises(LaunchError, match="names no host"):
         first_host(nodelist)
+
+
+def wait_on_rank(rank, device) -> str:
+    """Collectives on tensors wait half a second here; rank 0 has something to do that takes two."""
+    import time
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    from proteingpt import distributed
+
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=0.5))
+    assert distributed.on_first_rank(lambda: time.sleep(2) or "an index") == "an index"
+    assert distributed.gather_objects(time.sleep(2 * rank.rank) or rank.rank) == [0, 1]
+    try:
+        distributed.sum_over_ranks([time.sleep(2 * rank.rank) or 1.0], device)
+    except RuntimeError:
+        return "timed out"
+    return "in time"
+
+
+def test_what_rank_0_does_alone_may_take_longer_than_a_collective_waits():
+    """In a world of its own, since a collective that was left cannot be mended."""
+    world = World(2)
+    try:
+        assert "timed out" in world(wait_on_rank)  # or the bound would not be there
+    finally:
+        world.kill()
+
+
+# -------------------------------------------------------------------------------------------------- who sits where
+
+ON_CPU, ON_GPU = Seat("n0", ""), Seat("n0", "GPU-a")
+
+
+@pytest.mark.parametrize(
+    "seats", [[ON_CPU] * 3, [ON_GPU, Seat("n0", "GPU-b"), Seat("n1", "GPU-c")], [ON_GPU, Seat("n1", "GPU-a")]]
+)
+def test_ranks_that_sit_well_are_let_through(seats):
+    """CPUs are shared; the same name on another host is another GPU."""
+    check_seats(seats)
+
+
+@pytest.mark.parametrize(
+    "seats, said",
+    [
+        ([ON_GPU, Seat("n0", "GPU-b"), ON_GPU], "ranks 0 and 2 sit on one GPU of n0: start one rank per GPU"),
+        ([ON_GPU, Seat("n1", "")], r"rank 1 on n1 sees no GPU, rank 0 on n0 does: .*nvidia-smi"),
+        ([Seat("n1", ""), Seat("n1", ""), ON_GPU], "rank 0 on n1 sees no GPU, rank 2 on n0 does"),
+        ([ON_GPU, Seat("n0", "", "is number 1 on its node, where 1 is seen")], "rank 1 on n0 is number 1 on its node"),
+    ],
+)
+def test_ranks_that_would_wait_for_each_other_for_ever_are_named(seats, said):
+    with pytest.raises(LaunchError, match=said):
+        check_seats(seats)

@@ -15,7 +15,9 @@ SIZES = Sizes(frozen=1000, trained=100, largest=40, gathered=300)
 NONE = Activations(0.0, 0.0)
 
 
-def setting(stage: int, world_size: int = 4, half: bool = True, several: bool = False, on_cpu: bool = True, kept=2**28, **zero):
+def setting(
+    stage: int, world_size: int = 4, half: bool = True, several: bool = False, on_cpu: bool = True, kept=2**28, **zero
+):
     config = {"bf16": {"enabled": half}, "zero_optimization": {"stage": stage, **zero}}
     return Setting.of(SIZES, world_size, config, several, on_cpu, kept)
 
@@ -46,7 +48,9 @@ def test_offload_moves_state_to_the_host():
 
 
 def test_the_bucket_is_whole_on_a_gpu_and_what_is_written_to_on_a_cpu():
-    on_cpu, on_gpu = (sum(reduce_scratch(SIZES, setting(2, on_cpu=cpu, reduce_bucket_size=1000))) for cpu in (True, False))
+    on_cpu, on_gpu = (
+        sum(reduce_scratch(SIZES, setting(2, on_cpu=cpu, reduce_bucket_size=1000))) for cpu in (True, False)
+    )
     assert on_cpu == 4 * 100 + 2 * 100 + 2 * 100  # the kept sum in fp32, handed over, in the bucket
     assert on_gpu == 4 * 100 + 2 * 100 + 2 * 1000
 
@@ -82,7 +86,7 @@ def test_weights_on_the_way_under_zero_3():
     assert memory(SIZES, Activations(1e6, 1e6), setting(3, world_size=1, **config)).weights == 2 * 1100
 
 
-# ------------------------------------------------------------------------------------------------------- counting on meta
+# ----------------------------------------------------------------------------------------------------- counting on meta
 
 
 def model(train="projector", checkpointing=False, **shape):
@@ -101,8 +105,8 @@ def test_parameters_are_those_of_the_real_model():
 
 
 def test_what_a_frozen_layer_keeps_on_a_gpu():
-    """By hand, in floats a token: inputs of two norms (2 D), queries and output (2 D), keys and values (2 of D / 2), three
-    of the gated MLP (3 I); a frozen linear map keeps nothing. And a float32 a head and a norm."""
+    """By hand, in floats a token: inputs of two norms (2 D), queries and output (2 D), keys and values (2 of D / 2),
+    three of the gated MLP (3 I); a frozen linear map keeps nothing. And a float32 a head and a norm."""
     pack = make_pack(2000, 512)
     two, four = (activation_bytes(model(num_hidden_layers=n), pack, (8, 16)).alone for n in (8, 16))
     width, inner, heads = 64, 192, 4
