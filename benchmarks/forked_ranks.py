@@ -1,5 +1,6 @@
-"""Ranks of launch/train.py forked from a server that has imported torch, deepspeed and transformers once: real processes
-with process ids of their own, which start in a second instead of fifteen. For CPUs: a GPU's state does not fork."""
+"""Ranks of launch/train.py forked from a server that has imported torch, deepspeed and transformers once: real
+processes with process ids of their own, which start in a second instead of fifteen. For CPUs: a GPU's state does not
+fork."""
 
 import multiprocessing
 import os

@@ -1,7 +1,7 @@
 """A run on two ranks that meets a real fault every half minute, and what is left of it: python -m benchmarks.soak
 
-Before it, the same run without faults: the final weights must be equal to the bit. Packs are shared out equally, since a
-measured speed, which enters the order of a sum, would not repeat itself.
+Before it, the same run without faults: the final weights must be equal to the bit. Packs are shared out equally, since
+a measured speed, which enters the order of a sum, would not repeat itself.
 """
 
 import argparse
@@ -171,6 +171,15 @@ def soak(folder: Path, minutes: float, every: float, seed: int) -> dict:
     }
 
 
+def text_of(result: dict) -> str:
+    return (
+        f"{result['faults_survived']} faults survived in {result['seconds']:.0f} s "
+        f"({result['seconds_without_faults']:.0f} s without), goodput {result['goodput']:.1%}, {result['steps_lost']} "
+        f"of {result['steps']} steps lost and trained again, final weights "
+        f"{'equal to the bit' if result['weights_equal'] else 'DIFFER'}"
+    )
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0, help="of the run with faults, about")
@@ -179,6 +188,7 @@ def main(argv: list[str]) -> int:
     given = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         result = soak(Path(folder), given.minutes, given.every, given.seed)
+    print(text_of(result))
     print(json.dumps(result))
     return 0 if result["weights_equal"] else 1
 

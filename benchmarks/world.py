@@ -1,4 +1,5 @@
-"""What the training benchmarks share: proteins of PDB lengths with 29 questions each, in real shards, and small models."""
+"""What the training benchmarks share: proteins of PDB lengths with 29 questions each, in real shards, and small
+models."""
 
 import json
 from dataclasses import replace
@@ -24,7 +25,9 @@ def samples(num: int, seed: int, longest: int = 1500) -> list[Sample]:
     for i, length in enumerate(pdb_lengths(num, seed)):
         protein = replace(random_protein(min(length, longest), seed=seed + i), id=f"random{i:05d}")
         turns = tuple(
-            Turn(f"How many atoms of kind {n} stand in the coordinates that were deposited for this protein?", f"{i} {n}")
+            Turn(
+                f"How many atoms of kind {n} stand in the coordinates that were deposited for this protein?", f"{i} {n}"
+            )
             for n in range(QUESTIONS_PER_PROTEIN)
         )
         made.append(Sample(protein, f"A protein of {length} residues.", turns))

@@ -83,7 +83,7 @@ class FaultRun:
     def weights(self) -> dict[str, torch.Tensor]:
         return load_file(checkpoints(self.directory / "instruct")[0] / "weights.safetensors")
 
-    def curve(self, tag: str = "loss") -> list[tuple[int, float]]:
+    def curve(self, tag: str = "learning/loss") -> list[tuple[int, float]]:
         reader = EventAccumulator(str(self.directory / "tensorboard" / "instruct"))
         reader.Reload()
         return [(event.step, event.value) for event in reader.Scalars(tag)]
@@ -92,7 +92,7 @@ class FaultRun:
 def assert_same_run(found: FaultRun, calm: FaultRun):
     """Every loss, every evaluation and the final weights, to the bit."""
     assert found.curve() == calm.curve()
-    assert found.curve("held_out_loss") == calm.curve("held_out_loss")
+    assert found.curve("learning/held_out_loss") == calm.curve("learning/held_out_loss")
     weights = calm.weights()
     assert found.weights().keys() == weights.keys()
     assert all(torch.equal(value, weights[name]) for name, value in found.weights().items())

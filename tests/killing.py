@@ -10,8 +10,8 @@ EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"}
 
 
 def killed_at(last_event: int | None, out: Path, work: Callable[[], object]) -> bool:
-    """Does `work()` in a child that SIGKILLs itself at its last_event-th touch of a file in `out` (None: never); whether
-    it came so far."""
+    """Does `work()` in a child that SIGKILLs itself at its last_event-th touch of a file in `out` (None: never);
+    whether it came so far."""
     child = os.fork()
     if child == 0:
         num_events = 0

@@ -137,8 +137,8 @@ class SmallRun:
         return list(itertools.chain(*self.plan.packs(step)[0]))
 
     def train(
-        self, engine: Engine, rank, device, first_step: int = 0, encoders=None, after_step=lambda step: None, guard=None,
-        balance=None, set_aside=lambda step, keys, why: None,
+        self, engine: Engine, rank, device, first_step: int = 0, encoders=None, after_step=lambda step: None,
+        guard=None, balance=None, set_aside=lambda step, keys, why: None,
     ):  # fmt: skip
         """The real loop, from first_step to the stage's end."""
         last = self.plan.num_steps
@@ -183,7 +183,8 @@ def plain_losses(
     case: Case, left_out: frozenset[str] = frozenset(), skipped: frozenset[int] = frozenset()
 ) -> tuple[list[float], list[float]]:
     """(loss per answer token, gradient norm before clipping) of each step, one question at a time. left_out: keys of
-    samples of weight 0: the gradient is still per answer token of the whole step, the loss shown is of those that count.
+    samples of weight 0: the gradient is still per answer token of the whole step, the loss shown is of those that
+    count.
     skipped: steps that are not taken."""
     run, stage = SmallRun(case), case.stage_config
     tokenizer = AutoTokenizer.from_pretrained(case.llm)

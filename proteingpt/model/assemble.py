@@ -1,7 +1,8 @@
 """From directories on disk to a ProteinGPT, and back: loading an LLM, and the exported model directory.
 
-An exported directory holds `projector.safetensors`, the tokenizer, `model.json` (which encoders, which LLM, which prompt)
-and, where the LLM was trained, `llm/` with its weights or `adapter/` with what LoRA adds; a frozen LLM is named, not copied.
+An exported directory holds `projector.safetensors`, the tokenizer, `model.json` (which encoders, which LLM, which
+prompt) and, where the LLM was trained, `llm/` with its weights or `adapter/` with what LoRA adds; a frozen LLM is
+named, not copied.
 """
 
 import importlib.util
@@ -38,8 +39,8 @@ class ModelError(ValueError):
 @dataclass(frozen=True)
 class ModelInfo:
     """model.json. Widths are those of the encoders' rows; esm2, esm_if1: a published name or a file, or none with width
-    0; fingerprints: sha256 of the encoders' files, so that a model is never asked with other features than it learned, and
-    empty where they were not known (published embeddings); esm2_layer: whose rows, null for the last.
+    0; fingerprints: sha256 of the encoders' files, so that a model is never asked with other features than it learned,
+    and empty where they were not known (published embeddings); esm2_layer: whose rows, null for the last.
     """
 
     llm: str
@@ -71,11 +72,12 @@ def load_tokenizer(directory: str):
     return tokenizer
 
 
-def load_llm(directory: str, dtype: torch.dtype, device: torch.device | str = "cpu", eight_bit: bool = False):
-    """Any causal LM of transformers from a local directory, with shared-prefix attention.
+def load_llm(directory: str, dtype: torch.dtype | str, device: torch.device | str = "cpu", eight_bit: bool = False):
+    """Any causal LM of transformers from a local directory, with shared-prefix attention. dtype: "auto" for its files'
+    own.
 
-    Read tensor by tensor onto the device, from files that all processes of a host have mapped together, so that the host
-    holds no copy of its own for a GPU. Within training.engine.sharded_loading each rank keeps its share only.
+    Read tensor by tensor onto the device, from files that all processes of a host have mapped together, so that the
+    host holds no copy of its own for a GPU. Within training.engine.sharded_loading each rank keeps its share only.
 
     eight_bit: its linear layers but for the head in bitsandbytes' int8, with a scale a row; they can only be frozen.
 
@@ -104,13 +106,17 @@ def in_8_bits() -> BitsAndBytesConfig:
     if is_deepspeed_zero3_enabled():
         raise ModelError("model.llm_8bit does not go with ZeRO 3, which cuts the LLM up: use ds_configs/zero2.json")
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError("model.llm_8bit needs the package bitsandbytes: pip install 'proteingpt[8bit]', or set it to false")
+        raise ModelError(
+            "model.llm_8bit needs the package bitsandbytes: pip install 'proteingpt[8bit]', or set it to false"
+        )
     return BitsAndBytesConfig(load_in_8bit=True)
 
 
 def check_llm(directory: str | None):
     if directory is None:
-        raise ModelError("model.llm is not set: give --llm DIR, a local directory of a causal LM in Hugging Face format")
+        raise ModelError(
+            "model.llm is not set: give --llm DIR, a local directory of a causal LM in Hugging Face format"
+        )
     if not (Path(directory) / "config.json").is_file():
         raise ModelError(f"model.llm: {directory} holds no config.json, expected a causal LM in Hugging Face format")
 
@@ -125,7 +131,9 @@ def context_length(config) -> int:
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     longest = next((n for n in map(lambda name: getattr(config, name, None), CONTEXT_NAMES) if n), None)
     if longest is None:
-        raise ModelError(f"{type(config).__name__} does not say how long a context the LLM has ({', '.join(CONTEXT_NAMES)})")
+        raise ModelError(
+            f"{type(config).__name__} does not say how long a context the LLM has ({', '.join(CONTEXT_NAMES)})"
+        )
     return min(longest, window or longest)
 
 
@@ -138,8 +146,8 @@ def build_model(
     device: torch.device | str = "cpu",
     whole: Whole = nullcontext,
 ) -> ProteinGPT:
-    """LLM from config.llm; projector and adapters drawn from `seed`; or any of them from config.init_from; requires_grad
-    as config.train. whole: for an LLM that is loaded within training.engine.sharded_loading."""
+    """LLM from config.llm; projector and adapters drawn from `seed`; or any of them from config.init_from;
+    requires_grad as config.train. whole: for an LLM that is loaded within training.engine.sharded_loading."""
     source = Path(config.init_from) if config.init_from else None
     llm = load_llm(base_llm(config), dtype, device, config.llm_8bit)
     with torch.random.fork_rng(devices=[]):
@@ -153,7 +161,7 @@ def build_model(
         # Re-entrant checkpointing finds no gradient to compute where a layer's only input that needs one is a kwarg.
         llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = ProteinGPT(projector, llm, config.attention)
-    if config.lora.dropout:
+    if config.lora.dropout or lora.has_dropout(llm.config):
         model.register_forward_pre_hook(lora.draw_dropout_from(seed))
     return model
 
@@ -167,12 +175,18 @@ def base_llm(config: ModelConfig) -> str:
 def make_projector(settings, structure_width: int, sequence_width: int, llm_width: int) -> Projector:
     """settings: a ModelConfig or a ModelInfo."""
     return Projector(
-        structure_width, sequence_width, llm_width, settings.projector, settings.projector_tokens, settings.projector_width
+        structure_width,
+        sequence_width,
+        llm_width,
+        settings.projector,
+        settings.projector_tokens,
+        settings.projector_width,
     )
 
 
 def prepare_llm(llm, config: ModelConfig, seed: int, dtype: torch.dtype, whole: Whole):
-    """Freeze what config.train freezes, and put adapters in; those of config.init_from go on, or are added to the weights."""
+    """Freeze what config.train freezes, and put adapters in; those of config.init_from go on, or are added to the
+    weights."""
     saved = Path(config.init_from) / lora.ADAPTER if config.init_from else None
     has_adapter = saved is not None and saved.is_dir()
     try:
@@ -192,8 +206,8 @@ def check_init_from(config: ModelConfig):
     directory = config.init_from
     if directory is not None and config.train == "projector" and (Path(directory) / lora.ADAPTER).is_dir():
         raise ModelError(
-            f"model.init_from: {directory} has a LoRA adapter, which model.train: projector would leave behind; train lora "
-            "goes on with it, or export that run with model.lora.merge_on_export"
+            f"model.init_from: {directory} has a LoRA adapter, which model.train: projector would leave behind; train "
+            "lora goes on with it, or export that run with model.lora.merge_on_export"
         )
     if directory is not None and not (Path(directory) / PROJECTOR_FILE).is_file():
         raise ModelError(
@@ -206,7 +220,7 @@ def load_projector(projector: Projector, directory: Path):
     path = directory / PROJECTOR_FILE
     try:
         projector.load_state_dict(load_file(path))
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} is broken: {error}") from error
     except RuntimeError as error:
         raise ModelError(f"{path} does not fit this LLM, model.projector and these encoders: {error}") from None
@@ -253,11 +267,13 @@ def export(
     dtype: torch.dtype,
     adapter: LoraConfig | None = None,
 ):
-    """Write the model directory. weights: by parameter name of ProteinGPT, as a checkpoint holds them. adapter: of LoRA,
-    whose weights then are all that there is of the LLM."""
+    """Write the model directory. weights: by parameter name of ProteinGPT, as a checkpoint holds them. adapter: of
+    LoRA, whose weights then are all that there is of the LLM."""
     directory.mkdir(parents=True, exist_ok=True)
     parts = {
-        prefix: {name.removeprefix(prefix): value.to(dtype) for name, value in weights.items() if name.startswith(prefix)}
+        prefix: {
+            name.removeprefix(prefix): value.to(dtype) for name, value in weights.items() if name.startswith(prefix)
+        }
         for prefix in (PROJECTOR, LLM)
     }
     save_file(parts[PROJECTOR], directory / PROJECTOR_FILE)
@@ -273,11 +289,13 @@ def export(
     (directory / "model.json").write_text(json.dumps(asdict(info), indent=1) + "\n", encoding="utf-8")
 
 
-def export_adapter(directory: Path, weights: dict[str, torch.Tensor], info: ModelInfo, adapter: LoraConfig, dtype: torch.dtype):
+def export_adapter(
+    directory: Path, weights: dict[str, torch.Tensor], info: ModelInfo, adapter: LoraConfig, dtype: torch.dtype
+):
     """adapter/ beside the LLM that info names; or, merged, the whole LLM in llm/."""
     lora.save_adapter(directory / lora.ADAPTER, weights, adapter, info.llm)
     if adapter.merge_on_export:
-        llm = load_llm(info.llm, torch.float32)
+        llm = load_llm(info.llm, "auto")  # as it is in its files: one copy in the host's memory
         put_adapter(llm, directory / lora.ADAPTER, torch.float32)
         lora.merge(llm)
         llm.to(dtype).save_pretrained(directory / "llm")
@@ -297,10 +315,13 @@ def read_info(directory: Path) -> ModelInfo:
     path = directory / "model.json"
     if not path.is_file():
         raise ModelError(f"{directory} holds no model.json, expected a directory exported by training (RUN/model)")
-    values = json.loads(path.read_text(encoding="utf-8"))
-    if values.get("format") != 1:
-        raise ModelError(f"{path} has format {values.get('format')!r}, this version reads format 1")
-    return ModelInfo(**{**values, "template": Template(**values["template"])})
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values.get("format") != 1:
+            raise ModelError(f"{path} has format {values.get('format')!r}, this version reads format 1")
+        return ModelInfo(**{**values, "template": Template(**values["template"])})
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
+        raise ModelError(f"{path} is damaged, or of another version ({error}): copy it again") from error
 
 
 def load_exported(directory: Path, dtype: torch.dtype, device) -> tuple[ProteinGPT, object, ModelInfo]:
@@ -312,5 +333,8 @@ def load_exported(directory: Path, dtype: torch.dtype, device) -> tuple[ProteinG
         put_adapter(llm, directory / lora.ADAPTER, dtype)
     projector = make_projector(info, info.structure_width, info.sequence_width, llm.config.hidden_size).to(dtype)
     load_projector(projector, directory)
-    tokenizer = AutoTokenizer.from_pretrained(directory / "tokenizer", local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory / "tokenizer", local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{directory / 'tokenizer'} holds no tokenizer that can be loaded: copy it again") from error
     return ProteinGPT(projector, llm).eval().requires_grad_(False).to(device), tokenizer, info

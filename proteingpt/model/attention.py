@@ -146,7 +146,8 @@ def check_supported(name: str, extra: dict, layout: Layout):
     if window is not None and longest_group > window and layout.longest_sample > window:
         raise AttentionError(
             f"{name} has a sliding window of {window} tokens and was given a sample of {layout.longest_sample}: what "
-            "it would not see is not hidden here; leave longer samples out (data.max_residues), or choose an LLM without"
+            "it would not see is not hidden here; leave longer samples out (data.max_residues), or choose an LLM "
+            "without"
         )
 
 

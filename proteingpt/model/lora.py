@@ -45,7 +45,9 @@ def add_adapters(llm: nn.Module, config: LoraConfig, seed: int, dtype: torch.dty
             raise LoraError(f"model.lora.targets is {config.targets}, which does not fit this LLM: {error}") from error
     for module in (llm.get_input_embeddings(), llm.get_output_embeddings()):
         if hasattr(module, "base_layer"):
-            raise LoraError(f"model.lora.targets is {config.targets}, expected layers of attention and MLP, not embeddings")
+            raise LoraError(
+                f"model.lora.targets is {config.targets}, expected layers of attention and MLP, not embeddings"
+            )
     for parameter in adapters(llm).values():
         parameter.data = parameter.data.to(dtype)
 
@@ -66,15 +68,18 @@ def adapters(llm: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def merge(llm: nn.Module, whole=nullcontext):
-    """Adds what the adapters give to the weights beneath, in place, and takes the adapters out. whole: a context within
-    which a list of parameters is whole, for those that are sharded."""
+    """Adds what the adapters give to the weights beneath, in place, and takes the adapters out. Each sum is in fp32,
+    one layer at a time, whatever the weights are in. whole: a context within which a list of parameters is whole, for
+    those that are sharded."""
     from peft.tuners.lora import LoraLayer
 
     for name, module in list(llm.named_modules()):
         if isinstance(module, LoraLayer):
-            with whole(list(module.get_base_layer().parameters())):
-                module.merge()
-            llm.set_submodule(name, module.get_base_layer())
+            base = module.get_base_layer()
+            with whole(list(base.parameters())), torch.no_grad():
+                for adapter in module.active_adapters:
+                    base.weight.copy_(base.weight.float() + module.get_delta_weight(adapter).float())
+            llm.set_submodule(name, base)
 
 
 # ----------------------------------------------------------------------------------------------------------- on disk
@@ -103,7 +108,12 @@ def read_config(directory: Path) -> LoraConfig:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise LoraError(f"{path} cannot be read: {error}") from error
-    if values.get("peft_type") != "LORA" or values.get("use_dora") or values.get("use_rslora") or values.get("rank_pattern"):
+    if (
+        values.get("peft_type") != "LORA"
+        or values.get("use_dora")
+        or values.get("use_rslora")
+        or values.get("rank_pattern")
+    ):
         raise LoraError(f"{path} is of another kind of adapter, expected plain LoRA")
     targets = values["target_modules"]
     names = None if targets == "all-linear" else tuple(sorted(targets))
@@ -133,9 +143,16 @@ def load_adapter(llm: nn.Module, directory: Path):
 # ------------------------------------------------------------------------------------------------------------ dropout
 
 
+def has_dropout(llm_config) -> bool:
+    """Whether an LLM drops out by itself while it trains, as GPT-2 and Phi do: dropout, resid_pdrop, layerdrop, ..."""
+    return any(
+        "drop" in name and isinstance(value, float) and value > 0 for name, value in llm_config.to_dict().items()
+    )
+
+
 def draw_dropout_from(seed: int):
-    """A forward pre-hook of ProteinGPT: what is dropped is a function of the seed and of the pack, so that a run resumes
-    as it would have gone on."""
+    """A forward pre-hook of ProteinGPT: what is dropped is a function of the seed and of the pack, so that a run
+    resumes as it would have gone on."""
 
     def before(model: nn.Module, inputs: tuple):
         if model.training:

@@ -1,9 +1,9 @@
 """From each encoder's rows into the LLM's width: structure first, then sequence, as published.
 
 `linear` is the published map. Beyond the paper: `mlp`, two layers with a GELU between, and `resampler`, learned queries
-that attend to the rows (after Perceiver, arXiv 2103.03206), so that a protein of any length takes the same few positions.
-Given up there: which token tells of which residue. No module is called more often for more proteins, since under ZeRO 3
-each call is a collective.
+that attend to the rows (after Perceiver, arXiv 2103.03206), so that a protein of any length takes the same few
+positions. Given up there: which token tells of which residue. No module is called more often for more proteins, since
+under ZeRO 3 each call is a collective.
 
 Legend: N rows of all proteins, W their width, K tokens of a resampler, I inner width, D the LLM's width.
 """
@@ -106,7 +106,11 @@ class ResamplerLayer(nn.Module):
         super().__init__()
         self.num_heads = max(1, width // HEAD_WIDTH) if width % HEAD_WIDTH == 0 else 1
         self.token_norm, self.row_norm, self.mlp_norm = (nn.LayerNorm(width) for _ in range(3))
-        self.query, self.key_value, self.merge = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.query, self.key_value, self.merge = (
+            nn.Linear(width, width),
+            nn.Linear(width, 2 * width),
+            nn.Linear(width, width),
+        )
         self.mlp = Mlp(width, 4 * width, width)
 
     def forward(self, tokens: torch.Tensor, rows: torch.Tensor, lengths: list[int], num_tokens: int) -> torch.Tensor:

@@ -32,7 +32,9 @@ class ProteinGPT(nn.Module):
         self.llm = llm
         self.attention_way = attention_way
 
-    def forward(self, pack: Pack, structure_rows: list[torch.Tensor], sequence_rows: list[torch.Tensor]) -> torch.Tensor:
+    def forward(
+        self, pack: Pack, structure_rows: list[torch.Tensor], sequence_rows: list[torch.Tensor]
+    ) -> torch.Tensor:
         """Sum of the weighted losses of the pack's answer tokens, in nats: a float32 scalar (float64 of such a model).
 
         A sum, not a mean: only the step knows how many answer tokens it has over all its packs and ranks.

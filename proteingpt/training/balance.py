@@ -2,14 +2,14 @@
 
 Speeds decide only who computes which pack, never what is in a step. They are exchanged at known steps and come into
 force LAG steps later, so that every rank, also one that has read ahead, shares out a step by the same numbers; and they
-are kept in the checkpoint, so that a resumed run repeats itself to the bit on the same devices. So are the limits of ranks
-that have run out of memory.
+are kept in the checkpoint, so that a resumed run repeats itself to the bit on the same devices. So are the limits of
+ranks that have run out of memory. On other devices neither holds, so the names of the devices are kept with them.
 """
 
 import logging
 from collections import Counter, deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from statistics import median
 
 import torch
@@ -43,7 +43,8 @@ def first_guess(device: torch.device) -> float:
 
 
 def behind(speeds: Sequence[float], classes: Sequence[str]) -> list[int]:
-    """Ranks slower than BEHIND times the median of the others of their class. A rank without fellows is never behind."""
+    """Ranks slower than BEHIND times the median of the others of their class. A rank without fellows is never
+    behind."""
     slow = []
     for rank, (speed, name) in enumerate(zip(speeds, classes, strict=True)):
         fellows = [s for r, s in enumerate(speeds) if classes[r] == name and r != rank]
@@ -52,24 +53,42 @@ def behind(speeds: Sequence[float], classes: Sequence[str]) -> list[int]:
     return slow
 
 
+def limits_of(limits: Sequence[int | None], had: Sequence[str], classes: Sequence[str]) -> list[int | None]:
+    """The limits of ranks that have the kind of device they had; None for the others, and for another number of
+    ranks."""
+    if not len(limits) == len(had) == len(classes):
+        return [None] * len(classes)
+    return [limit if was == name else None for limit, was, name in zip(limits, had, classes)]
+
+
 @dataclass(frozen=True)
 class Exchanged:
-    """What an exchange has brought to light, by rank: tokens per second; share of the time since the last that a rank did
-    not compute; and the ranks that stay behind their class."""
+    """What an exchange has brought to light, by rank: tokens per second while computing; share of the time since the
+    last that a rank did not compute; share of a step that the speeds in force give it; what it told beside. slow: the
+    ranks that stay behind their class."""
 
     speeds: list[float]
     waiting: list[float]
     slow: list[int]
+    shares: list[float] = field(default_factory=list)
+    told: list = field(default_factory=list)
 
 
 class Balance:
     """Agreed speeds by step, and limits by rank: the whole of its state.
 
     agreed: [(first step, speeds of the ranks), ...], ascending. limits: tokens of a forward, None without limit.
+    classes: the devices' names; `measured_on` those that agreed and limits are of, None where an older checkpoint does
+    not say.
     """
 
     def __init__(
-        self, config: DevicesConfig, device: torch.device, agreed: list | None = None, limits: list | None = None
+        self,
+        config: DevicesConfig,
+        device: torch.device,
+        agreed: list | None = None,
+        limits: list | None = None,
+        measured_on: list[str] | None = None,
     ):
         self.config = config
         self.rates: deque[float] = deque(maxlen=MEMORY)
@@ -80,10 +99,13 @@ class Balance:
         self.times_behind: Counter[int] = Counter()
         if config.balance == "equal":
             world = [1.0] * len(world)
-        # Others come from another set of ranks.
-        known = [entry for entry in agreed or [] if len(entry[1]) == len(world)] if config.balance == "measured" else []
+        had = self.classes if measured_on is None else measured_on
+        # Others come from another set of ranks. Of two unlike devices one would be measured and one guessed: all or
+        # none.
+        kept = config.balance == "measured" and had == self.classes
+        known = [entry for entry in agreed or [] if kept and len(entry[1]) == len(world)]
         self.agreed: list[tuple[int, list[float]]] = [(step, list(speeds)) for step, speeds in known] or [(0, world)]
-        self.limits = list(limits) if limits and len(limits) == len(world) else [None] * len(world)
+        self.limits = limits_of(limits or [], had, self.classes)
 
     def speeds(self, step: int) -> list[float]:
         """What `step` is shared out by. The reading thread asks, while the loop appends."""
@@ -96,8 +118,8 @@ class Balance:
         return [min((value for value in pair if value is not None), default=None) for pair in pairs]
 
     def lower(self, rank: int, num_tokens: int):
-        """`rank` ran out of memory in a forward of so many tokens: half of it from now on. On every rank alike, and with
-        no step read ahead: whoever shares out by another limit computes other packs."""
+        """`rank` ran out of memory in a forward of so many tokens: half of it from now on. On every rank alike, and
+        with no step read ahead: whoever shares out by another limit computes other packs."""
         self.limits[rank] = min(max(1, num_tokens // 2), self.limits[rank] or num_tokens)
 
     def observe(self, num_tokens: int, seconds: float, passed_seconds: float = 0.0):
@@ -107,19 +129,24 @@ class Balance:
         if self.num_seen > IGNORED and num_tokens and seconds > 0:
             self.rates.append(num_tokens / seconds)
 
-    def exchange(self, steps_done: int) -> Exchanged | None:
-        """A collective, at steps that every rank knows. None where nothing is measured yet, or ever."""
-        if self.config.balance != "measured" or steps_done % self.config.exchange_every_steps:
+    def exchange(self, steps_done: int, tell: Callable[[], object] = lambda: None) -> Exchanged | None:
+        """A collective, at steps that every rank knows. tell: asked then for a small value that is to travel with it.
+        None where nothing is measured yet. Where speeds are not to be measured they are exchanged for those who watch
+        alone."""
+        if steps_done % self.config.exchange_every_steps:
             return None
         waiting = 1 - self.busy / self.passed if self.passed > self.busy else 0.0
         self.busy = self.passed = 0.0
-        everyone = gather_objects((median(self.rates) if self.rates else None, waiting))
-        measured = [speed for speed, _ in everyone]
+        everyone = gather_objects((median(self.rates) if self.rates else None, waiting, tell()))
+        measured, waits, told = (list(column) for column in zip(*everyone))
         if not all(measured):
             return None
-        self.agreed.append((steps_done + LAG, measured))
-        self.agreed = self.agreed[-(LAG + 2) :]
-        return Exchanged(measured, [share for _, share in everyone], self.staying_behind(measured, steps_done))
+        in_force = self.speeds(steps_done)
+        if self.config.balance == "measured":
+            self.agreed.append((steps_done + LAG, measured))
+            self.agreed = self.agreed[-(LAG + 2) :]
+        shares = [speed / sum(in_force) for speed in in_force]
+        return Exchanged(measured, waits, self.staying_behind(measured, steps_done), shares, told)
 
     def staying_behind(self, speeds: list[float], steps_done: int) -> list[int]:
         """Ranks that were behind at the last STAYS exchanges, named in the log when they become so."""
@@ -129,8 +156,10 @@ class Balance:
             if self.times_behind[rank] == STAYS and torch.distributed.get_rank() == 0:
                 fellows = [s for r, s in enumerate(speeds) if self.classes[r] == self.classes[rank] and r != rank]
                 log.warning(
-                    "rank %d (%s) stays slow: %.0f tokens/s by step %d, where its fellows have %.0f; it gets less to do. "
+                    "rank %d (%s) stays slow: %.0f tokens/s by step %d, where its fellows have %.0f; %s. "
                     "Look at its clock, temperature and neighbours",
                     rank, self.classes[rank], speeds[rank], steps_done, median(fellows),
+                    "it gets less to do" if self.config.balance == "measured" else "with devices.balance: measured it "
+                    "would get less to do",
                 )  # fmt: skip
         return [rank for rank in slow if self.times_behind[rank] >= STAYS]

@@ -34,7 +34,8 @@ def line(sizes: list[int], peaks: list[float]) -> tuple[float, float]:
 
 def fit(sizes: list[int], peaks: list[float], budget: float) -> int:
     """Tokens whose peak is `budget`, on the line through the peaks at `sizes` (tokens, two unlike ones); peaks and
-    budget in bytes. Where the peak did not grow, the larger size: more is not known. 0 where not even one token fits."""
+    budget in bytes. Where the peak did not grow, the larger size: more is not known. 0 where not even one token
+    fits."""
     base, per_token = line(sizes, peaks)
     return max(0, int((budget - base) / per_token)) if per_token > 0 else max(sizes)
 

@@ -38,8 +38,9 @@ class CheckpointError(ValueError):
 @dataclass(frozen=True)
 class Progress:
     """steps_done: optimizer steps behind this checkpoint, the whole of the data's state. plan: its fingerprint.
-    speeds, limits: what training.balance has agreed upon. identity: fingerprints of what the run was made of, by their
-    names. guard: the state of training.guard. scaler: that of fp16's loss scale."""
+    speeds, limits: what training.balance has agreed upon, of ranks with these `devices`, by name. identity:
+    fingerprints of what the run was made of, by their names. guard: the state of training.guard. scaler: that of fp16's
+    loss scale."""
 
     stage: str
     steps_done: int
@@ -48,6 +49,7 @@ class Progress:
     speeds: list | None = None
     identity: dict | None = None
     limits: list | None = None
+    devices: list | None = None
     guard: dict | None = None
     scaler: dict | None = None
 
@@ -219,7 +221,8 @@ def is_number(value) -> bool:
 
 
 def is_guard(value) -> bool:
-    """Of training.guard's state: strikes are [[key, count], ...], quarantined are keys, all else numbers or lists of them."""
+    """Of training.guard's state: strikes are [[key, count], ...], quarantined are keys, all else numbers or lists of
+    them."""
     if not isinstance(value, dict):
         return value is None
     numbers = {name: v for name, v in value.items() if name not in ("strikes", "quarantined")}
@@ -241,6 +244,7 @@ SOUND = {
     "speeds": are_speeds,
     "identity": lambda value: value is None or is_texts(value),
     "limits": are_limits,
+    "devices": lambda value: value is None or isinstance(value, list) and all(isinstance(name, str) for name in value),
     "guard": is_guard,
     "scaler": lambda value: value is None or isinstance(value, dict) and all(map(is_number, value.values())),
 }

@@ -1,10 +1,10 @@
 """How long this rank computed in a step, without what it waited for others.
 
-Where a step's forwards and backwards hold no collective, that is the wall time around them. Where they do (ZeRO 3 gathers
-weights before each module, sharded gradients are reduced within the backward), only the time inside the modules that hold
-weights counts: DeepSpeed gathers before such a module's forward and lets go after it, and waits nowhere within. What is
-given up there is the backward and the encoders; a rank's share of them is alike on all ranks, and only ratios of speeds
-matter.
+Where a step's forwards and backwards hold no collective, that is the wall time around them. Where they do (ZeRO 3
+gathers weights before each module, sharded gradients are reduced within the backward), only the time inside the modules
+that hold weights counts: DeepSpeed gathers before such a module's forward and lets go after it, and waits nowhere
+within. What is given up there is the backward and the encoders; a rank's share of them is alike on all ranks, and only
+ratios of speeds matter.
 """
 
 import time
@@ -14,8 +14,8 @@ from torch import nn
 
 
 class Clock:
-    """`with clock: ...` around a step's work, `seconds()` afterwards. module: whose own modules alone are to count; None
-    for the wall time. Made after the engine, so that its hooks lie within DeepSpeed's."""
+    """`with clock: ...` around a step's work, `seconds()` afterwards. module: whose own modules alone are to count;
+    None for the wall time. Made after the engine, so that its hooks lie within DeepSpeed's."""
 
     def __init__(self, device: torch.device, module: nn.Module | None = None):
         self.on_gpu = device.type == "cuda"

@@ -1,8 +1,8 @@
 """DeepSpeed behind one class: the only module that imports it.
 
 The loss of a step is a sum over answer tokens, divided by those of the whole step, so accumulation and batch sizes mean
-nothing here and are fixed at 1. Weights and Adam moments go in and out by parameter name, whole, whatever the ZeRO stage
-and the number of ranks, so that a checkpoint knows of neither.
+nothing here and are fixed at 1. Weights and Adam moments go in and out by parameter name, whole, whatever the ZeRO
+stage and the number of ranks, so that a checkpoint knows of neither.
 
 Where it can, the engine keeps a step's gradients to itself (torch.autograd.grad, which wakes none of DeepSpeed's hooks)
 until the ranks have agreed that they are good, and then hands their sum over in one backward: so ranks may run unlike
@@ -15,19 +15,24 @@ from contextlib import contextmanager
 from itertools import chain
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from proteingpt.config import ConfigError, StageConfig
 from proteingpt.model.assemble import LLM, shape_of
+from proteingpt.training.handed import Trained, wide
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # torch.optim.AdamW's names
 
-# Trained values, at most, whose gradients are kept whole, in fp32, on every rank (1 GiB). Above, and under ZeRO 3, they go
-# to DeepSpeed as they are made, which cuts them up; a step then cannot be replayed, and its clock runs otherwise.
+# Trained values, at most, whose gradients are kept whole, in fp32, on every rank (1 GiB). Above, and under ZeRO 3, they
+# go to DeepSpeed as they are made, which cuts them up; a step then cannot be replayed, and its clock runs otherwise.
 KEPT_AT_MOST = 2**28
 
 # The state of DeepSpeed's dynamic loss scale, by its attributes.
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+# Where its optimizers keep this rank's flat fp32 partitions: ZeRO 3, ZeRO 1 and 2, the BF16_Optimizer.
+PARTITIONS = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
 
 # Settings of ZeRO++ (arXiv 2306.10209) that DeepSpeed runs with CUDA kernels of its own.
 GPU_ONLY = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
@@ -62,7 +67,7 @@ def precision(ds_config: dict) -> torch.dtype:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, llm_lr_factor: float = 1.0) -> list[dict]:
-    """AdamW's groups: what trains, with no decay on biases, norms and other vectors. lr_factor: of a step's learning rate."""
+    """AdamW's groups: what trains; no decay on biases, norms, other vectors. lr_factor: of a step's learning rate."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -76,14 +81,14 @@ def parameter_groups(model: nn.Module, weight_decay: float, llm_lr_factor: float
 @contextmanager
 def sharded_loading(ds_config: dict):
     """Under ZeRO 3 transformers, within, cuts an LLM over the ranks as it reads it: rank 0 looks at one tensor of the
-    mapped files after the other, and no rank ever holds the whole. Nothing under other stages. Entered by every rank."""
+    mapped files after the other, and no rank ever holds the whole. Nothing under other stages. A collective."""
     if ds_config.get("zero_optimization", {}).get("stage") != 3:
         yield
         return
     groups = import_deepspeed().utils.groups
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-    check_partition(ds_config["zero_optimization"].get("zero_hpz_partition_size", 1), torch.distributed.get_world_size())
+    check_partition(ds_config["zero_optimization"].get("zero_hpz_partition_size", 1), dist.get_world_size())
     groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # of the stage before: DeepSpeed makes it once, and refuses to again
     kept = HfDeepSpeedConfig({**ds_config, **FIXED})  # transformers itself holds it by a weak reference
     try:
@@ -97,8 +102,8 @@ def check_partition(size: int, world_size: int):
     """ConfigError where DeepSpeed could not form groups of `size` ranks that hold the weights once more (ZeRO++)."""
     if world_size % min(size, world_size):
         raise ConfigError(
-            f"zero_optimization.zero_hpz_partition_size in the ds_config is {size}, which does not divide {world_size} ranks: "
-            "give the number of GPUs in a node, and start as many ranks on each"
+            f"zero_optimization.zero_hpz_partition_size in the ds_config is {size}, which does not divide {world_size} "
+            "ranks: give the number of GPUs in a node, and start as many ranks on each"
         )
 
 
@@ -117,40 +122,9 @@ def check_device(ds_config: dict):
     asked = [name for name in GPU_ONLY if ds_config.get("zero_optimization", {}).get(name)]
     if asked and not torch.cuda.is_available():
         raise ConfigError(
-            f"zero_optimization.{asked[0]} in the ds_config needs a GPU, and this device is a CPU: quantizing (ZeRO++) is "
-            "done by CUDA kernels; use ds_configs/zero3.json here"
+            f"zero_optimization.{asked[0]} in the ds_config needs a GPU, and this device is a CPU: quantizing (ZeRO++) "
+            "is done by CUDA kernels; use ds_configs/zero3.json here"
         )
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """What gradients of `dtype` are added up in."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-class Handed(torch.autograd.Function):
-    """A scalar whose gradient with respect to each parameter is the tensor given beside it."""
-
-    @staticmethod
-    def forward(ctx, gradients: list[torch.Tensor], *parameters: torch.Tensor) -> torch.Tensor:
-        ctx.gradients, ctx.dtypes = gradients, [p.dtype for p in parameters]
-        return gradients[0].new_zeros(())
-
-    @staticmethod
-    def backward(ctx, scale: torch.Tensor):
-        return None, *((g * scale).to(dtype) for g, dtype in zip(ctx.gradients, ctx.dtypes, strict=True))
-
-
-class Trained(nn.Module):
-    """What DeepSpeed is given: the model, or `handed` gradients in its place, through the same front door."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, *inputs, handed: list[torch.Tensor] | None = None) -> torch.Tensor:
-        if handed is None:
-            return self.model(*inputs)
-        return Handed.apply(handed, *(p for p in self.model.parameters() if p.requires_grad))
 
 
 class Engine:
@@ -175,7 +149,9 @@ class Engine:
         except ValueError as error:
             if type(error).__name__ != "ValidationError":  # pydantic's, which DeepSpeed reads its JSON with
                 raise
-            raise ConfigError(f"DeepSpeed does not take the ds_config: {error}; see ds_configs/ for ones it takes") from error
+            raise ConfigError(
+                f"DeepSpeed does not take the ds_config: {error}; see ds_configs/ for ones it takes"
+            ) from error
         self.world_size = self.deepspeed.world_size
         self.is_fp16 = precision(ds_config) == torch.float16
         # torch_autocast is DeepSpeed's, around its own forward.
@@ -315,8 +291,9 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------- state by name
 
-    def get_state(self) -> dict[str, dict[str, torch.Tensor]]:
-        """{"weights" | "exp_avg" | "exp_avg_sq": {parameter name: float32 CPU tensor}}. A collective."""
+    def get_state(self, keep: bool = True) -> dict[str, dict[str, torch.Tensor]]:
+        """{"weights" | "exp_avg" | "exp_avg_sq": {parameter name: float32 CPU tensor}}, copies. A collective. keep:
+        False on ranks that only help: theirs is empty, so that a host holds one copy and not one for each GPU."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         self.link_moments()
@@ -330,8 +307,8 @@ class Engine:
                 moments = [safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS]
                 values = [safe_get_full_fp32_param(parameter), *moments]
             shape = shape_of(parameter)
-            for kind, value in zip(state, values):
-                state[kind][name] = value.detach().float().reshape(shape).cpu().clone()
+            for kind, value in zip(state, values if keep else ()):
+                state[kind][name] = value.detach().float().reshape(shape).to("cpu", copy=True)
         return state
 
     def set_state(self, state: dict[str, dict[str, torch.Tensor]], steps_done: int):
@@ -384,7 +361,7 @@ class Engine:
         masters = self.whole_masters()
         if masters:
             return list(masters.values())
-        for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+        for attribute in PARTITIONS:
             if hasattr(wrapper, attribute):
                 return list(getattr(wrapper, attribute))
         raise AssertionError(f"{type(wrapper).__name__} keeps its fp32 partitions under a name unknown here")

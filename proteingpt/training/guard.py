@@ -1,10 +1,10 @@
 """What to do with a step whose loss or gradient is not as the ones before: pure decisions, no tensors.
 
-A step is judged after its gradient is known and before a weight changes. A bad one is skipped, on all ranks alike, and its
-samples are noted; a sample noted too often is quarantined: it keeps its place in the plan and has no weight from then on.
-When skipping does not help, the run goes back to its last checkpoint and passes over those steps. The state is small, and
-goes into the checkpoint, so that a resumed run decides the same. It gives up telling which sample of a step was at fault:
-that shows when the same one is in a bad step again.
+A step is judged after its gradient is known and before a weight changes. A bad one is skipped, on all ranks alike, and
+its samples are noted; a sample noted too often is quarantined: it keeps its place in the plan and has no weight from
+then on. When skipping does not help, the run goes back to its last checkpoint and passes over those steps. The state is
+small, and goes into the checkpoint, so that a resumed run decides the same. It gives up telling which sample of a step
+was at fault: that shows when the same one is in a bad step again.
 """
 
 import math
@@ -40,8 +40,9 @@ class RollBack(Exception):
 @dataclass(frozen=True)
 class GuardState:
     """losses (nats per answer token), norms: of the last `window` steps that were taken, oldest first. strikes: skipped
-    steps by sample key. quarantined: samples without weight. row: the steps skipped just now, one after another. skipped:
-    those among the last `window` steps. passed_over: steps that the run went back behind, which are not computed again.
+    steps by sample key. quarantined: samples without weight. row: the steps skipped just now, one after another.
+    skipped: those among the last `window` steps. passed_over: steps that the run went back behind, which are not
+    computed again.
     roll_backs: so many. not_taken: steps behind which changed no weight."""
 
     losses: tuple[float, ...] = ()

@@ -1,4 +1,5 @@
-"""What a run is made of, by fingerprint: a checkpoint notes it, so that a resume with another is refused by its name."""
+"""What a run is made of, by fingerprint: a checkpoint notes it, so that a resume with another is refused by its
+name."""
 
 import hashlib
 from collections.abc import Iterable

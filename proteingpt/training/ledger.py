@@ -1,12 +1,14 @@
 """Where the time went, over all starts of a run: RUN/goodput.jsonl, a line for each start of its processes.
 
-Rank 0 rewrites its own line in place after each step, a write of 1 kB without a sync: what a SIGKILL leaves is whole but
-for the step under way. Durations are monotonic; the wall clock only dates the starts, and may be wrong.
+Rank 0 rewrites its own line in place after each step, a write of 1 kB without a sync: what a SIGKILL leaves is whole
+but for the step under way. Durations are monotonic; the wall clock only dates the starts, and may be wrong.
 """
 
 import json
 import logging
 import os
+import re
+import socket
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -15,8 +17,15 @@ from pathlib import Path
 log = logging.getLogger("proteingpt")
 
 LINE_BYTES = 1024
-USEFUL, REPLAYED, WAITING, SAVING, EVALUATING = "useful_steps", "replayed_steps", "waiting_for_data", "saving", "evaluating"
+USEFUL, REPLAYED, WAITING, SAVING, EVALUATING = (
+    "useful_steps",
+    "replayed_steps",
+    "waiting_for_data",
+    "saving",
+    "evaluating",
+)
 STARTING = "starting"  # with what is left: loading, exporting
+STEPPING = "training"
 PARTS = (USEFUL, REPLAYED, WAITING, SAVING, EVALUATING, STARTING)
 NAME = "goodput.jsonl"
 
@@ -35,7 +44,11 @@ class Ledger:
         self.seconds = dict.fromkeys(PARTS, 0.0)
         self.counts = {"useful_steps": 0, "replayed_steps": 0, "saves": 0, "failed_saves": 0}
         self.steps: dict[str, int] = {}
-        self.line = {"began": wall_clock() - age, "ranks": num_ranks, "pid": os.getpid(), "ended": ""}
+        # What it is doing is for those who look while it does: a step is brief, an evaluation may not be.
+        self.line = {
+            "began": wall_clock() - age, "ranks": num_ranks, "pid": os.getpid(), "host": socket.gethostname()[:64],
+            "doing": STARTING, "ended": "",
+        }  # fmt: skip
         self.descriptor, self.warned = None, False
         self.write()
 
@@ -47,22 +60,32 @@ class Ledger:
         self.seconds[REPLAYED if replayed else USEFUL] += seconds - waiting_seconds
         self.counts["replayed_steps" if replayed else "useful_steps"] += 1
         self.steps[stage] = max(step, self.steps.get(stage, 0))
+        self.line["doing"] = STEPPING
         self.write()
 
     @contextmanager
     def spending(self, part: str):
-        began = self.clock()
+        began, doing = self.clock(), self.line["doing"]
+        self.line["doing"] = part
+        self.write()
         try:
             yield
         finally:
             self.seconds[part] += self.clock() - began
+            self.line["doing"] = doing
             self.write()
+
+    def between_stages(self):
+        """It loads or exports, which may take longer than any step."""
+        self.line["doing"] = STARTING
+        self.write()
 
     def count(self, name: str):
         self.counts[name] += 1
 
     def end(self, how: str):
-        self.line["ended"] = how
+        """how: "finished", "stopped", or what it ended with."""
+        self.line["ended"] = re.sub(r"[^ -~]", "?", how)[:150]  # as JSON at most twice as long
         self.write()
 
     def now(self) -> dict:
@@ -154,10 +177,10 @@ def summary_text(totals: dict) -> str:
     return f"{totals['goodput']:.1%} in useful steps ({', '.join(shares)}; {totals['starts']} start(s))"
 
 
-def process_age() -> float:
-    """Seconds that this process has lived: imports are a part of starting."""
+def process_age(pid: int | str = "self") -> float:
+    """Seconds that a process has lived: imports are a part of starting. 0 where that cannot be seen."""
     try:
-        with open("/proc/self/stat", encoding="ascii") as stat:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as stat:
             started = int(stat.read().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
         return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
     except (OSError, AttributeError):  # not Linux

@@ -25,6 +25,7 @@ from proteingpt.training.engine import Engine
 from proteingpt.training.guard import Action, Guard, LossSpike, NonFiniteLoss, RollBack, Seen, passed
 from proteingpt.training.monitor import Monitor, StepReport
 from proteingpt.training.schedule import learning_rate
+from proteingpt.training.tally import Tally
 
 log = logging.getLogger("proteingpt")
 
@@ -54,7 +55,9 @@ class Local:
 
     def bad_samples(self) -> list[str]:
         pairs = zip(self.packs, self.losses, self.norms)
-        return [key for pack, loss, norm in pairs if not math.isfinite(loss) or not math.isfinite(norm) for key in pack.keys]
+        return [
+            key for pack, loss, norm in pairs if not math.isfinite(loss) or not math.isfinite(norm) for key in pack.keys
+        ]
 
 
 @dataclass(frozen=True)
@@ -82,15 +85,16 @@ def train(
     after_step: Callable[[int], None],
     guard: Guard | None = None,
     set_aside: Callable[[int, tuple[str, ...], str], None] = lambda step, keys, why: None,
+    tally: Tally | None = None,
 ):
     """Steps first_step .. num_steps - 1. read(n): this rank's work from step n on; it is read anew when a step is to be
-    shared out otherwise. `after_step(n)` is called with n steps done: it saves and evaluates. `set_aside(step, keys, why)`
-    is told of samples that have no weight from now on.
+    shared out otherwise. `after_step(n)` is called with n steps done: it saves and evaluates. `set_aside(step, keys,
+    why)` is told of samples that have no weight from now on. tally: counts this rank's work, for those who watch.
 
-    Raises on every rank NonFiniteLoss or LossSpike where the guard gives up, RollBack where it wants to go back, PlanError
-    where a pack fits no rank's memory.
+    Raises on every rank NonFiniteLoss or LossSpike where the guard gives up, RollBack where it wants to go back,
+    PlanError where a pack fits no rank's memory.
     """
-    guard = guard or Guard()
+    guard, tally = guard or Guard(), tally or Tally(device)
     clock = Clock(device, None if engine.keeps_gradients else engine.module)
     encoders = RunAhead(encoders, device)
     step, work, step_ended = first_step, encoders.of(read(first_step)), time.monotonic()
@@ -118,10 +122,11 @@ def train(
                 balance.observe(sum(pack.num_tokens for pack in item.packs), local.seconds, now - began)
                 report = StepReport(
                     agreed.loss, rate, engine.grad_norm, agreed.num_tokens, item.num_samples, now - step_ended,
-                    began - step_ended, encoders.take_seconds(),
+                    began - step_ended, *encoders.take_seconds(), pack_fill(agreed, item, stage),
                 )  # fmt: skip
+                tally.add(*read_by(item), report.seconds)
                 monitor.step(step + 1, report)
-            exchanged = balance.exchange(step + 1)
+            exchanged = balance.exchange(step + 1, tally.take)
             if exchanged:
                 monitor.ranks(step + 1, exchanged)
             step += 1
@@ -156,7 +161,10 @@ def compute(engine: Engine, encoders: RunAhead, item: Work, device, clock: Clock
                 raise OutOfMemory(out_of_memory_text(pack)) from error
             raise
         # With its frames it would hold on to the memory that it ran out of.
-        local.error, local.failed_tokens = error.with_traceback(None) if is_out_of_memory(error) else error, pack.num_tokens
+        local.error, local.failed_tokens = (
+            error.with_traceback(None) if is_out_of_memory(error) else error,
+            pack.num_tokens,
+        )
         losses.clear(), norms.clear()
     if engine.is_fp16:
         local.norms = [0.0] * len(local.norms)  # too large a loss scale is DeepSpeed's to deal with
@@ -174,8 +182,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def out_of_memory_text(pack: Pack) -> str:
     return (
-        f"no memory for a forward of {pack.num_tokens} tokens: lower devices.tokens_per_forward or tokens_per_pack. Under "
-        "ZeRO 3, and where more trains than a rank can keep the gradients of, a step cannot be shared out anew by itself"
+        f"no memory for a forward of {pack.num_tokens} tokens: lower devices.tokens_per_forward or tokens_per_pack. "
+        "Under ZeRO 3, and where more trains than a rank can keep the gradients of, a step cannot be shared out anew "
+        "by itself"
     )
 
 
@@ -199,19 +208,27 @@ def clean_rows(rows, keys: list[str], quarantined: frozenset[str]):
 
 
 def agree(local: Local, item: Work, device) -> Agreed:
-    """The one collective beside DeepSpeed's: a rank that stopped on its own would leave the others waiting in theirs."""
+    """The one collective beside DeepSpeed's: a rank that stopped on its own would leave the others waiting in
+    theirs."""
     bad, lacks_memory = bool(local.bad_samples()), local.is_out_of_memory
     num_answer_tokens = sum(pack.num_answer_tokens for pack in local.packs)
     loss = 0.0 if bad or local.error else sum(local.losses)
-    mine = [loss, num_answer_tokens, tokens_of(item), bad, lacks_memory, local.error is not None and not lacks_memory]
+    mine = [loss, num_answer_tokens, read_by(item)[0], bad, lacks_memory, local.error is not None and not lacks_memory]
     total, answers, tokens, *counts = sum_over_ranks([float(value) for value in mine], device)
     mean = math.nan if counts[0] else total / max(1.0, answers)
     return Agreed(mean, int(tokens), *(int(count) for count in counts))
 
 
-def tokens_of(item: Work) -> int:
-    """Tokens that this rank read for the step; what it repeats in silence does not count."""
-    return sum(pack.num_tokens for pack in item.packs if pack.num_answer_tokens)
+def read_by(item: Work) -> tuple[int, int]:
+    """Tokens, and answer tokens, that this rank read for the step; what it repeats in silence does not count."""
+    answers = [pack.num_answer_tokens for pack in item.packs]
+    return sum(pack.num_tokens for pack, count in zip(item.packs, answers) if count), sum(answers)
+
+
+def pack_fill(agreed: Agreed, item: Work, stage: StageConfig) -> float | None:
+    """Share of what the step's packs could hold that they hold; None where only the LLM bounds them."""
+    room = item.num_packs * (stage.tokens_per_pack or 0)
+    return agreed.num_tokens / room if room else None
 
 
 # ---------------------------------------------------------------------------------------------- 3. all ranks alike
@@ -236,8 +253,8 @@ def share_out_anew(local: Local, balance: Balance, step: int, device):
     for rank, num_tokens in enumerate(lacking):
         if num_tokens > (balance.limits[rank] or num_tokens):
             raise OutOfMemory(
-                f"rank {rank} has no memory for {num_tokens} tokens, the shortest pack of step {step}, even without packs of "
-                "its own: lower tokens_per_pack, set model.activation_checkpointing, or leave the device out"
+                f"rank {rank} has no memory for {num_tokens} tokens, the shortest pack of step {step}, even without "
+                "packs of its own: lower tokens_per_pack, set model.activation_checkpointing, or leave the device out"
             )
     for rank, num_tokens in enumerate(lacking):
         if num_tokens:
@@ -277,16 +294,18 @@ def conclude(engine: Engine, guard: Guard, local: Local, agreed: Agreed, item: W
         raise kind(
             f"step {step}: {decision.why}, with samples {', '.join(seen.samples)}; no weight has changed. "
             f"{len(guard.state.skipped)} of the last {guard.config.window} steps were skipped, and the run went back "
-            f"{guard.state.roll_backs} times. Look at these samples; with a lower learning rate, other shards or another "
-            "guard, begin in another --output"
+            f"{guard.state.roll_backs} times. Look at these samples; with a lower learning rate, other shards or "
+            "another guard, begin in another --output"
         )
 
 
 def suspects(local: Local, guard: Guard) -> list[str]:
-    """Keys, the same on every rank, of the samples of the packs that are bad by themselves; of all packs where none is. A
-    collective, called once every rank knows that the step is bad."""
+    """Keys, the same on every rank, of the samples of the packs that are bad by themselves; of all packs where none is.
+    A collective, called once every rank knows that the step is bad."""
     keys = [key for pack in local.packs if pack.num_answer_tokens for key in pack.keys]
-    pairs = [(pack, loss / pack.num_answer_tokens) for pack, loss in zip(local.packs, local.losses) if pack.num_answer_tokens]
+    pairs = [
+        (pack, loss / pack.num_answer_tokens) for pack, loss in zip(local.packs, local.losses) if pack.num_answer_tokens
+    ]
     high = [key for pack, loss in pairs if guard.is_high(loss) for key in pack.keys]
     everyone = gather_objects((local.bad_samples(), high, keys))
     for kind in range(3):

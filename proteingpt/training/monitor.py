@@ -1,38 +1,36 @@
-"""What people watch: TensorBoard, and one progress line. Only rank 0 has one that writes.
-
-Neither may end a training: where the disk takes no curves, that is said, and tried again each minute.
+"""What people watch of a stage: curves (training/trackers.py), RUN/progress.json, and one progress line. Only rank 0
+has one that writes, and nothing here may end a training.
 """
 
-import logging
-import re
-import resource
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from time import time as wall_clock
 from statistics import median
 
-import torch
-from torch.utils.tensorboard import SummaryWriter
-
-from proteingpt.training.ledger import Ledger
-
 from proteingpt.training.balance import Exchanged
-
-log = logging.getLogger("proteingpt")
+from proteingpt.training.ledger import Ledger
+from proteingpt.training.progress import KEPT_LOSSES, ProgressFile, duration
+from proteingpt.training.tally import RankReport, memory_bytes, mfu_of_all
+from proteingpt.training.trackers import TensorBoard
 
 CLEAR_LINE = "\x1b[2K"  # on a terminal: no rest of a progress line stands behind what is written next
-TRY_AGAIN_SECONDS = 60.0
 LINE_EVERY_SECONDS = 5.0  # where the output is a file; on a terminal the line is redrawn at each step
 RANKS_SHOWN = 16
+# What stands beside the settings in a table of runs.
+METRICS = (
+    "learning/held_out_accuracy", "learning/held_out_lift", "learning/held_out_loss", "learning/loss",
+    "speed/tokens_per_second",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class StepReport:
     """Of one optimizer step, over all ranks. loss: nats per answer token; seconds: wall time of the step;
-    encoder_seconds: of the frozen encoders on this rank, hidden behind the step (as on a GPU) or not."""
+    encoder_seconds: of the frozen encoders on this rank, hidden behind the step (as on a GPU) or not;
+    encoder_wait_seconds: that the step stood still for them; pack_fill: share of tokens_per_pack that the packs hold,
+    None where that is not set."""
 
     loss: float
     learning_rate: float
@@ -42,45 +40,32 @@ class StepReport:
     seconds: float
     waiting_seconds: float
     encoder_seconds: float = 0.0
+    encoder_wait_seconds: float = 0.0
+    pack_fill: float | None = None
 
 
 class Monitor:
-    """Of one stage, in a TensorBoard run of its own, so that stages lie over each other on one chart.
+    """Of one stage, in a run of its own in each tracker. directory: TensorBoard's, of all stages.
 
-    A resumed stage takes back what was drawn beyond its checkpoint: those steps are trained again.
+    A resumed stage takes back what was drawn beyond its checkpoint: those steps are trained again. trackers: others,
+    with TensorBoard's methods. settings: what stands in a table of runs. absent: tags that this stage will have no
+    curve of.
     """
 
     def __init__(
-        self, directory: Path, stage: str, first_step: int, num_steps: int, enabled: bool, ledger: Ledger | None = None
-    ):
+        self, directory: Path, stage: str, first_step: int, num_steps: int, enabled: bool, ledger: Ledger | None = None,
+        *, trackers: list | None = None, settings: dict | None = None, absent: tuple[str, ...] = (),
+        progress: ProgressFile | None = None,
+    ):  # fmt: skip
         self.stage, self.first_step, self.num_steps, self.ledger = stage, first_step, num_steps, ledger
-        self.directory, self.enabled = directory / stage, enabled
-        self.writer, self.failed_at = None, None
+        self.enabled, self.progress = enabled, progress if enabled else None
+        self.trackers = [TensorBoard(directory / stage, first_step, absent), *(trackers or [])] if enabled else []
         self.begun, self.shown = time.monotonic(), 0.0
-        self.write(lambda writer: None, purge_step=first_step + 1)
-
-    def write(self, action: Callable[[SummaryWriter], None], purge_step: int | None = None):
-        """Do it, if the disk lets us. The writer is a thread, whose error is raised by a later call."""
-        if not self.enabled or (self.failed_at is not None and time.monotonic() - self.failed_at < TRY_AGAIN_SECONDS):
-            return
-        try:
-            if self.writer is None:
-                put_before_now(self.directory, wall_clock())
-                self.writer = SummaryWriter(self.directory, purge_step=purge_step)
-            action(self.writer)
-            self.failed_at = None
-        except OSError as error:
-            log.warning("TensorBoard's files cannot be written (%s): the training goes on without curves", error)
-            self.failed_at = time.monotonic()
-            self.drop_writer()
-
-    def drop_writer(self):
-        writer, self.writer = self.writer, None
-        try:
-            if writer is not None:
-                writer.close()
-        except OSError:
-            pass
+        self.losses: deque[float] = deque(maxlen=KEPT_LOSSES)
+        for tracker in self.trackers:
+            if settings:
+                tracker.settings(settings, METRICS)
+        self.note(True, stage=stage, step=first_step, first_step=first_step, num_steps=num_steps)
 
     def step(self, step: int, report: StepReport):
         """step: the number of steps done, so that a run of n steps ends at x = n."""
@@ -89,45 +74,61 @@ class Monitor:
         if not self.enabled:
             return
         values = {
-            "loss": report.loss,
-            "learning_rate": report.learning_rate,
-            "gradient_norm": report.grad_norm,
-            "tokens_per_second": report.num_tokens / report.seconds,
-            "samples_per_second": report.num_samples / report.seconds,
-            "step_seconds": report.seconds,
-            "waiting_for_data_share": report.waiting_seconds / report.seconds,
-            "encoders_share": report.encoder_seconds / report.seconds,
-            "memory_gib": memory_bytes() / 2**30,
+            "learning/loss": report.loss,
+            "learning/learning_rate": report.learning_rate,
+            "vitals/gradient_norm": report.grad_norm,
+            "speed/tokens_per_second": report.num_tokens / report.seconds,
+            "speed/samples_per_second": report.num_samples / report.seconds,
+            "speed/step_seconds": report.seconds,
+            "speed/waiting_for_data_share": report.waiting_seconds / report.seconds,
+            "speed/encoders_share": report.encoder_seconds / report.seconds,
+            "speed/waiting_for_encoders_share": report.encoder_wait_seconds / report.seconds,
+            "vitals/memory_gib": memory_bytes() / 2**30,
         }
+        if report.pack_fill is not None:
+            values["speed/pack_fill"] = report.pack_fill
         self.scalars(step, values)
+        self.losses.append(report.loss)
+        last = {tag.partition("/")[2]: value for tag, value in values.items()}
+        self.note(step=step, losses=list(self.losses), seconds_left=self.seconds_left(step), **last)
         self.show(step, report)
 
     def ranks(self, step: int, exchanged: Exchanged):
-        """Speeds and waiting shares: of each rank, or of the extremes where there are too many to look at."""
-        for name, values in (("speed", exchanged.speeds), ("not_computing_share", exchanged.waiting)):
-            shown = dict(enumerate(values))
-            if len(values) > RANKS_SHOWN:
-                shown = {"min": min(values), "median": median(values), "max": max(values)}
-            self.scalars(step, {f"{name}/rank_{rank}": value for rank, value in shown.items()})
-        self.scalars(step, {"speed/ranks_that_stay_slow": len(exchanged.slow)})
+        """What an exchange has brought to light: of each rank, or of the extremes where there are too many to look
+        at."""
+        if not self.enabled:
+            return
+        reports = [report for report in exchanged.told if isinstance(report, RankReport)]
+        by_rank = {
+            "speed_by_rank/computing_speed": exchanged.speeds,
+            "speed_by_rank/agreed_share": exchanged.shares,
+            "vitals_by_rank/not_computing_share": exchanged.waiting,
+            "speed_by_rank/tokens_per_second": [report.tokens_per_second for report in reports],
+            "vitals_by_rank/memory_gib": [report.memory_gib for report in reports],
+            "speed_by_rank/mfu": [report.mfu for report in reports],
+        }
+        values = {"vitals/ranks_that_stay_slow": float(len(exchanged.slow)), "speed/mfu": mfu_of_all(reports)}
+        for tag, of_ranks in by_rank.items():
+            values |= {f"{tag}/{name}": value for name, value in shown(of_ranks).items()}
+        self.scalars(step, {tag: value for tag, value in values.items() if value is not None})
         if exchanged.slow:
             said = ", ".join(f"rank {rank}: {exchanged.speeds[rank]:.0f} tokens/s" for rank in exchanged.slow)
-            self.write(lambda writer: writer.add_text("slow_ranks", said, step))
+            self.texts(step, {"slow_ranks": said})
+        if self.progress is not None:
+            self.note(mfu=values["speed/mfu"], ranks=rows_of(exchanged, reports), slow_ranks=exchanged.slow)
 
     def scalars(self, step: int, values: dict[str, float]):
-        def add(writer: SummaryWriter):
-            for name, value in values.items():
-                writer.add_scalar(name, value, step)
+        for tracker in self.trackers:
+            tracker.scalars([(step, values)])
 
-        self.write(add)
+    def texts(self, step: int, texts: dict[str, str]):
+        for tracker in self.trackers:
+            tracker.texts(step, texts)
 
-    def texts(self, step: int, texts: list[str]):
-        def add(writer: SummaryWriter):
-            for number, text in enumerate(texts):
-                writer.add_text(f"answer_{number}", text, step)
-            writer.flush()
-
-        self.write(add)
+    def note(self, now: bool = False, **values):
+        """In RUN/progress.json."""
+        if self.progress is not None:
+            self.progress.note(now, **values)
 
     def goodput(self, step: int):
         """Where the time went so far, in shares of it."""
@@ -136,16 +137,19 @@ class Monitor:
             shares = {f"time/{part}": s / max(totals["seconds"], 1e-9) for part, s in totals["seconds_by_part"].items()}
             self.scalars(step, {**shares, "time/goodput": totals["goodput"]})
 
+    def seconds_left(self, step: int) -> float:
+        """By what this start has needed so far, its evaluations and saves in it."""
+        return (time.monotonic() - self.begun) / max(1, step - self.first_step) * (self.num_steps - step)
+
     def show(self, step: int, report: StepReport):
         now = time.monotonic()
         last = step == self.num_steps
         if not (last or sys.stderr.isatty() or now - self.shown >= LINE_EVERY_SECONDS):
             return
         self.shown = now
-        left = (now - self.begun) / max(1, step - self.first_step) * (self.num_steps - step)
         line = (
             f"{self.stage} {step}/{self.num_steps}  loss {report.loss:.4f}  lr {report.learning_rate:.2e}  "
-            f"{report.num_tokens / report.seconds:,.0f} tokens/s  {duration(left)} left"
+            f"{report.num_tokens / report.seconds:,.0f} tokens/s  {duration(self.seconds_left(step))} left"
         )
         end = "\n" if last or not sys.stderr.isatty() else "\r"
         try:
@@ -153,28 +157,30 @@ class Monitor:
         except OSError:  # a log file on a full disk, a terminal that was closed
             pass
 
-    def close(self):
-        self.drop_writer()
+    def close(self, finished: bool = False):
+        self.note(True)
+        if self.ledger is not None:
+            self.ledger.between_stages()
+        for tracker in self.trackers:
+            tracker.close(finished)
 
 
-def put_before_now(directory: Path, now: float):
-    """TensorBoard reads event files in the order of the times in their names. Where a clock that was ahead has been set
-    back, older files would come last: they get earlier names, in their order."""
-    named = [(re.match(r"events\.out\.tfevents\.(\d+)\.(.*)", path.name), path) for path in directory.glob("events.out.*")]
-    files = sorted((int(match[1]), match[2], path) for match, path in named if match)
-    if files and files[-1][0] >= int(now):
-        for number, (_, rest, path) in enumerate(files):
-            path.rename(path.with_name(f"events.out.tfevents.{max(0, int(now) - len(files) + number):010d}.{rest}"))
+def shown(of_ranks: list) -> dict[str, float]:
+    """{rank_0: value, ...}, or the extremes of many; nothing where any is not known."""
+    if not of_ranks or any(value is None for value in of_ranks):
+        return {}
+    if len(of_ranks) > RANKS_SHOWN:
+        return {"min": min(of_ranks), "median": median(of_ranks), "max": max(of_ranks)}
+    return {f"rank_{rank}": value for rank, value in enumerate(of_ranks)}
 
 
-def memory_bytes() -> int:
-    """Peak memory of this rank: of its GPU, or of the process where there is none."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def duration(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+def rows_of(exchanged: Exchanged, reports: list[RankReport]) -> list[dict]:
+    """A row for each rank, as progress.json keeps them."""
+    reports = reports if len(reports) == len(exchanged.speeds) else [None] * len(exchanged.speeds)
+    return [
+        {
+            "computing_speed": exchanged.speeds[rank], "agreed_share": exchanged.shares[rank],
+            "not_computing_share": exchanged.waiting[rank], **({**asdict(report), "mfu": report.mfu} if report else {}),
+        }
+        for rank, report in enumerate(reports)
+    ]  # fmt: skip

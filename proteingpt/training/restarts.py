@@ -1,8 +1,9 @@
 """--max-restarts N: this command starts the ranks of one machine itself, and starts them again when one dies.
 
-A loop of our own and not torch's elastic agent: DeepSpeed's launcher has no elastic training since 0.19 and ends a run at
-the first failure, and torchrun --max-restarts needs a rendezvous that survives its ranks, which on gloo it did in 4 of 8
-trials. Here every start is a fresh world on a fresh port, and what is known of the run lies in its directory alone.
+A loop of our own and not torch's elastic agent: DeepSpeed's launcher has no elastic training since 0.19 and ends a run
+at the first failure, and torchrun --max-restarts needs a rendezvous that survives its ranks, which on gloo it did in 4
+of 8 trials. Here every start is a fresh world on a fresh port, and what is known of the run lies in its directory
+alone.
 """
 
 import os
@@ -13,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from proteingpt.training.signals import REQUEUE
+from proteingpt.training.signals import REQUEUE, Early
 
 USER_ERROR = 1
 LEAVE_SECONDS = 8.0  # for the others to notice that one is gone, and to say so
@@ -24,7 +25,8 @@ LAUNCHERS = ("RANK", "WORLD_SIZE", "SLURM_STEP_ID", "OMPI_COMM_WORLD_SIZE", "PMI
 
 
 def main(argv: list[str]) -> int:
-    """What launch/train.py does. The exit code: 0 finished, 1 the user's error, REQUEUE saved on a signal, else a fault."""
+    """What launch/train.py does. The exit code: 0 finished, 1 the user's error, REQUEUE saved on a signal, else a
+    fault."""
     try:
         argv, max_restarts, num_ranks = taken_out(argv)
         check_alone(max_restarts, num_ranks, os.environ)
@@ -33,9 +35,10 @@ def main(argv: list[str]) -> int:
         return USER_ERROR
     if max_restarts is None and num_ranks is None:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost connection is told in one line, by us
+        early = Early()
         from proteingpt.training.run import main as train  # seconds of imports that a supervisor does without
 
-        return train(argv)
+        return train(argv, early)
     command = [sys.executable, "-u", sys.argv[0], *argv]
     return supervise(lambda env: subprocess.Popen(command, env=env), num_ranks or count_devices(), max_restarts or 0)
 
@@ -89,7 +92,7 @@ def supervise(start: Callable[[dict], subprocess.Popen], num_ranks: int, max_res
                 codes = until_the_end(ranks, told)
             finally:
                 end(ranks)
-            code = verdict(codes)
+            code = verdict(codes, told)
             if code in (0, USER_ERROR, REQUEUE) or told:
                 return code
             left = max_restarts - attempt
@@ -108,8 +111,8 @@ def environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
 
 
 def until_the_end(ranks: list[subprocess.Popen], told: list[int]) -> list[int | None]:
-    """Exit codes in rank order, in the order of time where it matters: None for those that had to be ended since another
-    had failed. Signals are passed on to all ranks, who then have SAVE_SECONDS."""
+    """Exit codes in rank order, in the order of time where it matters: None for those that had to be ended since
+    another had failed. Signals are passed on to all ranks, who then have SAVE_SECONDS."""
     deadline, passed_on = None, 0
     while any(rank.poll() is None for rank in ranks):
         for number in told[passed_on:]:
@@ -134,14 +137,15 @@ def end(ranks: list[subprocess.Popen]):
         rank.wait()
 
 
-def verdict(codes: Sequence[int | None]) -> int:
-    """One exit code for all. A user's error decides, as any rank may find it; a saved stop where no rank failed
-    otherwise; else the first fault, a signal as in a shell."""
+def verdict(codes: Sequence[int | None], told: Sequence[int] = ()) -> int:
+    """One exit code for all. told: signals that were passed on. A user's error decides, as any rank may find it; a
+    saved stop where no rank failed otherwise (one that the signal itself ended had not even begun); else the first
+    fault, a signal as in a shell."""
     if all(code == 0 for code in codes):
         return 0
     if USER_ERROR in codes:
         return USER_ERROR
-    if all(code in (0, REQUEUE) for code in codes):
+    if all(code in (0, REQUEUE, *(-number for number in told)) for code in codes):
         return REQUEUE
     fault = next((code for code in codes if code not in (None, 0, REQUEUE)), 128 + signal.SIGKILL)
     return 128 - fault if fault < 0 else fault

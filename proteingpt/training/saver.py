@@ -28,8 +28,8 @@ def bytes_aside(directory: Path) -> int:
 
 
 class Saver:
-    """Of one stage, on rank 0 alone. failed: called for each save that the disk did not take. grows: called now and then
-    while a save is waited for and its files grow: a slow disk is no hang."""
+    """Of one stage, on rank 0 alone. failed: called for each save that the disk did not take. grows: called now and
+    then while a save is waited for and its files grow: a slow disk is no hang."""
 
     def __init__(
         self, directory: Path, keep_last: int, failed: Callable[[], None] = lambda: None,
@@ -74,12 +74,13 @@ class Saver:
             raise error
 
     def finish(self, step: int):
-        """Wait until the checkpoint of `step`, the last that was begun, is on the disk. CheckpointError if it is not."""
+        """Wait until the checkpoint of `step`, the last that was begun, is on the disk. CheckpointError if it is
+        not."""
         self.wait()
         if self.saved_step != step:
             raise CheckpointError(
-                f"the checkpoint of step {step} could not be written to {self.directory}, as said above: make room, then "
-                "the same command goes on from the one before"
+                f"the checkpoint of step {step} could not be written to {self.directory}, as said above: make room, "
+                "then the same command goes on from the one before"
             )
 
     def mark_best(self, step: int, metric: str, value: float):

@@ -1,17 +1,25 @@
-"""A wish to stop: a signal, or a launcher that is gone. The ranks agree on it between steps, save and exit with REQUEUE.
+"""A wish to stop: a signal, or a launcher that is gone. The ranks agree on it between steps, save and exit with
+REQUEUE.
 
 Agreement costs no waiting: each step a byte is reduced in the background, by gloo in a group of its own, and read one
 step later. So all ranks stop after the same step, whichever of them was told.
 """
 
+import math
 import os
+import select
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 # Exit code of a run that saved itself and can be started again: a batch script requeues on it.
 REQUEUE = 85
+REQUEUE_MARK = "requeue"  # RUN/requeue is there while the run has stopped on a signal and waits to be started again
+EARLY_TICK_SECONDS = 0.1
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -23,11 +31,11 @@ class StopRequest:
     """Whether this rank was asked to stop, and why. Set by the watchdog's thread, read by the main one."""
 
     def __init__(self):
-        self.reason = ""
+        self.reason, self.asked_at = "", math.inf
         self.asked = threading.Event()
 
     def ask(self, reason: str):
-        self.reason = self.reason or reason
+        self.reason, self.asked_at = self.reason or reason, min(self.asked_at, time.monotonic())
         self.asked.set()
 
     def __bool__(self) -> bool:
@@ -58,12 +66,48 @@ class Listener:
         names = [signal.Signals(number).name for number in numbers if number in self.before]
         return names[0] if names else None
 
+    def ignore(self):
+        """From now on, and after `close`, the signals change nothing; but for Ctrl-C."""
+        for number in self.before.keys() - {signal.SIGINT}:
+            self.before[number] = signal.SIG_IGN
+            signal.signal(number, signal.SIG_IGN)
+
     def close(self):
         for number, handler in self.before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self.wakeup_before)
         os.close(self.descriptor)
         os.close(self.write_end)
+
+
+def mark_requeue(run: Path, reason: str):
+    """A full disk costs the mark; the exit code says the same."""
+    with suppress(OSError):
+        (run / REQUEUE_MARK).write_text(f"{reason}\n", encoding="utf-8")
+
+
+class Early:
+    """From the first line of a process until its watchdog listens: nothing has been begun that could be lost, so a
+    signal ends it at once, with REQUEUE. Its own end would be 143, which no batch script requeues on."""
+
+    def __init__(self):
+        self.listener, self.is_over = Listener(), threading.Event()
+        self.thread = threading.Thread(target=self.watch, name="early", daemon=True)
+        self.thread.start()
+
+    def watch(self):
+        while not self.is_over.is_set():
+            select.select([self.listener.descriptor], [], [], EARLY_TICK_SECONDS)
+            name = self.listener.received()
+            if name:
+                print(f"stopped by {name} before anything had begun (exit code {REQUEUE})", file=sys.stderr, flush=True)
+                os._exit(REQUEUE)
+
+    def hand_over(self) -> Listener:
+        """What listens goes on, for another to read."""
+        self.is_over.set()
+        self.thread.join()
+        return self.listener
 
 
 def launchers(proc: Path = Path("/proc")) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from proteingpt.config import StageConfig
-from proteingpt.data.index import join_indexes, open_index, usable
+from proteingpt.data.index import join_indexes, num_longer, open_index, usable
 from proteingpt.data.loader import Share, StageData, TrainingPlan, prefetch
 from proteingpt.data.mixture import Mixture, parts_of
 from proteingpt.data.plan import PlanError
@@ -22,6 +22,7 @@ from proteingpt.distributed import gather_objects, on_first_rank
 from proteingpt.encoders.pair import num_encoders
 from proteingpt.evaluation.held_out import Evaluation, HeldOut, choose, evaluate
 from proteingpt.model import assemble
+from proteingpt.model.flops import flops_of_tokens
 from proteingpt.protein import PrefixLength
 from proteingpt.training import capacity, checkpoint
 from proteingpt.training.balance import Balance
@@ -30,8 +31,12 @@ from proteingpt.training.guard import Guard, RollBack, carried_over, read_state
 from proteingpt.training.loop import train
 from proteingpt.training.ledger import EVALUATING, SAVING
 from proteingpt.training.monitor import Monitor
+from proteingpt.training.notes import append_new_lines, evaluated_steps, note_evaluation, write_predictions
+from proteingpt.training.progress import ProgressFile
 from proteingpt.training.saver import Saver
 from proteingpt.training.signals import Stopped
+from proteingpt.training.tally import Tally
+from proteingpt.training.trackers import open_tracker, run_settings
 
 log = logging.getLogger("proteingpt")
 
@@ -79,7 +84,7 @@ class StageRun:
                 "%d of %d %s samples left out: longer than data.max_residues (%s) or the LLM's context (%d tokens)",
                 (~keep).sum(), len(keep), shards.split, longest, context,
             )  # fmt: skip
-        if crop and (cropped := int((shards.num_residues[keep] > longest).sum())):
+        if crop and (cropped := num_longer(shards.num_residues, keep, longest)):
             log.info("%d of %d %s proteins are cropped to %d residues", cropped, len(keep), shards.split, longest)
         cut = longest if crop else None
         return StageData(
@@ -97,11 +102,14 @@ class StageRun:
             log.warning("stage %s has steps of %d packs: some of the %d ranks idle", self.name, fewest, ranks)
 
     def check_same_plan(self):
-        # The plan's fingerprint is of lengths: other texts or structures of the same lengths show in that of the shards.
+        # The plan's fingerprint is of lengths: other texts or structures of the same lengths show in that of the
+        # shards.
         seen = gather_objects((self.plan.fingerprint, self.plan.data.shards.fingerprint))
         other = [rank for rank, fingerprint in enumerate(seen) if fingerprint != seen[0]]
         if other:
-            raise PlanError(f"ranks {other} see other data than rank 0: do all nodes hold the same shards and tokenizer?")
+            raise PlanError(
+                f"ranks {other} see other data than rank 0: do all nodes hold the same shards and tokenizer?"
+            )
 
     def newest_checkpoint(self) -> Path | None:
         return on_first_rank(lambda: checkpoint.newest_valid(self.directory))
@@ -113,11 +121,11 @@ class StageRun:
         progress, allowed = checkpoint.read_progress(self.resume_from), self.shared.allow_changed
         changed = checkpoint.identity_differences(progress.identity, self.shared.identity, allowed)
         if progress.plan != self.plan.fingerprint and not changed and not allowed:
-            changed = ["the shards, the tokenizer or the prompt have changed since"]
+            changed = ["the shards, the tokenizer, the prompt or the version of the plan have changed since"]
         if changed:
             raise checkpoint.CheckpointError(
-                f"{self.resume_from} belongs to another run: {'; '.join(changed)}; bring back what it was begun with, give "
-                "another --output, or permit it on purpose with --allow-changed NAME"
+                f"{self.resume_from} belongs to another run: {'; '.join(changed)}; bring back what it was begun with, "
+                "give another --output, or permit it on purpose with --allow-changed NAME"
             )
         now = {"num_steps": self.plan.num_steps, "plan": self.plan.fingerprint, "identity": self.shared.identity}
         return dataclasses.replace(progress, **now)
@@ -138,7 +146,8 @@ class StageRun:
         self.begun_save = self.saver.saved_step = self.progress.steps_done if self.resume_from else None
 
     def go_back(self, back: RollBack):
-        """To the newest checkpoint, or the beginning, with what the guard has learned since. It gives up after a few."""
+        """To the newest checkpoint, or the beginning, with what the guard has learned since. It gives up after a
+        few."""
         self.resume_from = self.newest_checkpoint()
         self.progress = self.read_progress()
         state = carried_over(back.state, read_state(self.progress.guard))
@@ -159,11 +168,10 @@ class StageRun:
             log.info("stage %s goes on from %s", self.name, self.resume_from)
         held_out = self.held_out()
         first, last = self.progress.steps_done, self.plan.num_steps
-        monitor = Monitor(
-            shared.output / "tensorboard", self.name, first, last, shared.rank.is_first,
-            shared.ledger if shared.rank.is_first else None,
-        )  # fmt: skip
-        balance = Balance(shared.config.devices, shared.device, self.progress.speeds, self.progress.limits)
+        tally = self.tally()
+        monitor = self.monitor(first, last, tally)
+        kept = (self.progress.speeds, self.progress.limits, self.progress.devices)
+        balance = Balance(shared.config.devices, shared.device, *kept)
         given = shared.config.devices.tokens_per_forward
         capacities = capacity.agreed(given, engine, shared.encoders, self.plan, shared.device)
         if first < last:
@@ -175,6 +183,7 @@ class StageRun:
 
         def after_step(step: int):
             shared.watchdog.beat(f"{self.name}, after step {step}")
+            monitor.note(skipped_steps=guard.state.not_taken, quarantined_samples=len(guard.state.quarantined))
             if step == last or due(step, shared.config.checkpoint.every_steps):
                 save(step)
             if step == last or due(step, shared.config.evaluation.every_steps):
@@ -186,7 +195,8 @@ class StageRun:
 
         def save(step: int):
             self.save(engine, balance, guard, step)
-            monitor.scalars(step, {"skipped_steps": guard.state.not_taken})
+            left_out = {"skipped_steps": guard.state.not_taken, "quarantined_samples": len(guard.state.quarantined)}
+            monitor.scalars(step, {f"vitals/{name}": count for name, count in left_out.items()})
             monitor.goodput(step)
 
         def measure(step: int):
@@ -208,12 +218,12 @@ class StageRun:
             # Told to stop while it was loading; or killed before it had evaluated what it saved.
             if shared.agreement.now(bool(shared.stop)) and first < last:
                 raise Stopped(f"stage {self.name} had not begun")
-            with shared.watchdog.watching():
+            with shared.watchdog.watching(lambda: shared.train_shards.activity.text):
                 if first and first < last and self.misses_evaluation(first):
                     measure(first)
                 train(
                     engine, shared.encoders, read, self.stage, monitor, balance, shared.device, first_step=first,
-                    num_steps=last, after_step=after_step, guard=guard, set_aside=self.set_aside,
+                    num_steps=last, after_step=after_step, guard=guard, set_aside=self.set_aside, tally=tally,
                 )  # fmt: skip
                 if last not in evaluated:
                     measure(last)
@@ -223,18 +233,43 @@ class StageRun:
             engine.close()
             raise
         finally:
-            monitor.close()
+            monitor.close(finished=last in evaluated)
         engine.close()
         return evaluated[last]
 
+    def tally(self) -> Tally:
+        """With what a token costs where the device's peak is known, so that there is an MFU."""
+        tally, config = Tally(self.shared.device), self.shared.config.model
+        if tally.peak is not None:
+            try:
+                tally.flops = flops_of_tokens(assemble.llm_config(config.llm), config.train)
+            except Exception as error:  # of a model class that is not ours: to be watched must not end a training
+                log.warning("there is no MFU: the matrices of %s cannot be counted (%s)", config.llm, error)
+        return tally
+
+    def monitor(self, first: int, last: int, tally: Tally) -> Monitor:
+        shared, name = self.shared, self.name
+        is_first, config = shared.rank.is_first, shared.config
+        absent = [
+            f"learning/held_out_{score}" for score in ("accuracy", "blind_accuracy", "lift") if name != "instruct"
+        ]
+        absent += ["speed/mfu", "speed_by_rank/mfu"] if tally.flops is None else []
+        absent += ["speed/pack_fill"] if self.stage.tokens_per_pack is None else []
+        return Monitor(
+            shared.output / "tensorboard", name, first, last, is_first, shared.ledger if is_first else None,
+            trackers=open_tracker(config.track, shared.output, name) if is_first else [], absent=tuple(absent),
+            settings=run_settings(config, name, shared.ds_config, shared.rank.world_size),
+            progress=ProgressFile(shared.output, {"stages": list(config.stages)}),
+        )  # fmt: skip
+
     def tell_balance(self, monitor: Monitor, step: int, speeds: list[float], capacities: list[int | None]):
-        """How many packs a step has, how much of the ranks' speed that reaches, and what would reach more: in the log and
-        as a text in TensorBoard. By the steps to come."""
+        """How many packs a step has, how much of the ranks' speed that reaches, and what would reach more: in the log
+        and as a text in TensorBoard. By the steps to come."""
         name = "samples_per_step" if self.stage.tokens_per_step is None else "tokens_per_step"
         setting = (f"{self.name}.{name}", getattr(self.stage, name))
         line = balance_line(self.plan.pack_tokens(step, STEPS_LOOKED_AT), speeds, capacities, setting)
         log.info("stage %s: %s", self.name, line)
-        monitor.write(lambda writer: writer.add_text("balance", line, step))
+        monitor.texts(step, {"balance": line})
 
     def build_model(self):
         shared = self.shared
@@ -254,14 +289,17 @@ class StageRun:
 
     def set_aside(self, step: int, keys: tuple[str, ...], why: str):
         """RUN/set_aside.jsonl: a line for each sample that has no weight any more."""
-        lines = [json.dumps({"key": k, "stage": self.name, "step": step, "reason": f"in a step where {why}"}) for k in keys]
+        lines = [
+            json.dumps({"key": k, "stage": self.name, "step": step, "reason": f"in a step where {why}"}) for k in keys
+        ]
         path = self.shared.output / "set_aside.jsonl"
         on_first_rank(lambda: append_new_lines(path, lines))
 
     def save(self, engine: Engine, balance: Balance, guard: Guard, step: int):
         """A copy is taken now, by all ranks; one writes it, in the background."""
         with self.shared.ledger.spending(SAVING):
-            state = engine.get_state()
+            on_first_rank(lambda: self.saver.wait())  # before another copy is made
+            state = engine.get_state(keep=self.shared.rank.is_first)
             progress = self.progress_after(step, engine, balance, guard)
             on_first_rank(lambda: self.saver.start(state, progress))
         self.begun_save = step
@@ -270,7 +308,7 @@ class StageRun:
     def progress_after(self, step: int, engine: Engine, balance: Balance, guard: Guard) -> checkpoint.Progress:
         return dataclasses.replace(
             self.progress, steps_done=step, speeds=list(balance.agreed), limits=list(balance.limits),
-            guard=dataclasses.asdict(guard.state), scaler=engine.get_scaler(),
+            devices=list(balance.classes), guard=dataclasses.asdict(guard.state), scaler=engine.get_scaler(),
         )  # fmt: skip
 
     def stop_after(self, step: int, save: Callable[[int], None]):
@@ -315,6 +353,7 @@ class StageRun:
             # Under ZeRO 3 a forward is a collective: all leave at the same protein.
             return shared.agreement.now(bool(shared.stop)) if engine.is_sharded else bool(shared.stop)
 
+        monitor.note(True)
         with shared.ledger.spending(EVALUATING):
             result = evaluate(
                 engine.module, shared.encoders, held_out, shared.rank.rank, shared.rank.world_size, shared.device,
@@ -325,57 +364,22 @@ class StageRun:
         scores = {"held_out_loss": result.loss}
         if self.name == "instruct":
             scores["held_out_accuracy"] = result.accuracy
+            # To learn it, shards that are elsewhere would all have to come here: then it is done once, at the end.
+            if step == self.plan.num_steps or not shared.train_shards.is_remote:
+                asked = [(prediction.question, prediction.answer) for prediction in result.predictions]
+                blind = on_first_rank(lambda: shared.blind.accuracy(asked))
+                scores |= {"held_out_blind_accuracy": blind, "held_out_lift": result.accuracy - blind}
             on_first_rank(lambda: write_predictions(result.predictions, shared.output / "predictions.jsonl"))
         on_first_rank(lambda: note_evaluation(self.directory / EVALUATIONS, {"step": step, **scores}))
-        monitor.scalars(step, scores)
+        monitor.scalars(step, {f"learning/{name}": value for name, value in scores.items()})
         shown = result.predictions[: shared.config.evaluation.num_texts]
-        monitor.texts(step, [text_of(prediction) for prediction in shown])
+        monitor.texts(step, {f"answer_{number}": text_of(prediction) for number, prediction in enumerate(shown)})
         log.info("%s %d: %s", self.name, step, ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
         return result
 
 
 def due(step: int, every_steps: int | None) -> bool:
     return every_steps is not None and step % every_steps == 0
-
-
-def append_new_lines(path: Path, lines: list[str]):
-    """Those that are not there yet: a run that went back meets the same ones again. A full disk costs this file alone."""
-    try:
-        known = set(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else set()
-        with open(path, "a", encoding="utf-8") as file:
-            file.writelines(line + "\n" for line in lines if line not in known)
-    except OSError as error:
-        log.warning("%s cannot be written: %s", path, error.strerror)
-
-
-def write_predictions(predictions, path: Path):
-    """A full disk costs this file, not the training."""
-    lines = (json.dumps(dataclasses.asdict(p), ensure_ascii=False) + "\n" for p in predictions)
-    try:
-        checkpoint.replace_text(path, "".join(lines))
-    except OSError as error:
-        log.warning("%s cannot be written: %s", path, error.strerror)
-
-
-def note_evaluation(path: Path, scores: dict):
-    """STAGE/evaluations.jsonl: a line for each, so that a restart knows which are done."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(scores) + "\n")
-    except OSError as error:
-        log.warning("%s cannot be written: %s", path, error.strerror)
-
-
-def evaluated_steps(path: Path) -> set[int]:
-    """A torn line counts as none: that evaluation is made again."""
-    steps = set()
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        try:
-            steps.add(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError):
-            continue
-    return steps
 
 
 def is_better(metric: str, value: float | None, best: dict | None) -> bool:
@@ -389,4 +393,6 @@ def is_better(metric: str, value: float | None, best: dict | None) -> bool:
 
 def text_of(prediction) -> str:
     question = prediction.question or "(describe it)"
-    return f"**{prediction.key}**: {question}\n\nanswer: {prediction.answer}\n\nprediction: {prediction.prediction}"
+    return (
+        f"**{prediction.key}**: {question}\n\ntrue answer: {prediction.answer}\n\nthe model's: {prediction.prediction}"
+    )

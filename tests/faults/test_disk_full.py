@@ -2,7 +2,6 @@
 
 import errno
 import re
-import subprocess
 import time
 
 import pytest
@@ -12,15 +11,9 @@ from proteingpt.training.checkpoint import newest_valid
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def small_disk(disk_of):
     """A folder of 40 MB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"mounting needs root: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    return disk_of("40m")
 
 
 def fill(folder):
@@ -51,7 +44,9 @@ def test_a_disk_that_is_full_for_a_while_costs_checkpoints_and_curves_but_not_th
 
 
 @pytest.mark.nightly
-def test_a_disk_that_stays_full_ends_the_run_with_one_error_and_the_last_good_checkpoint(small_disk, fault_folder, calm):
+def test_a_disk_that_stays_full_ends_the_run_with_one_error_and_the_last_good_checkpoint(
+    small_disk, fault_folder, calm
+):
     run = FaultRun(fault_folder, "full", {"--output": small_disk / "run"})
     run.directory = small_disk / "run"
     run.begin().wait_for(lambda: (run.directory / f"instruct/step-{EVERY:08d}").is_dir())

@@ -11,9 +11,10 @@ import pytest
 from fault_runs import EVERY, NUM_STEPS, FaultRun, assert_same_run
 
 from proteingpt.training import restarts
-from proteingpt.training.ledger import NAME, read_lines
+from proteingpt.training.ledger import NAME, PARTS, read_lines
+from proteingpt.training.run import hold
 from proteingpt.training.signals import REQUEUE
-from proteingpt.training.watchdog import HUNG
+from proteingpt.training.watchdog import FAILED, HUNG
 
 # One of each kind is enough for every commit.
 VICTIMS = [0, pytest.param(1, marks=pytest.mark.nightly)]
@@ -24,7 +25,9 @@ def test_a_rank_that_is_told_to_stop_brings_the_others_along_and_saves(fault_fol
     run = FaultRun(fault_folder, f"told-{number.name}").begin()
     run.wait_for_step(EVERY + 3)
     began = time.monotonic()
-    run.ranks[1].send_signal(number)
+    while run.ranks[1].poll() is None and time.monotonic() - began < 25:
+        run.ranks[1].send_signal(number)  # more than once, as where a batch system and a launcher both pass it on
+        time.sleep(0.05)
     assert run.codes(timeout=25) == [REQUEUE, REQUEUE]
     assert time.monotonic() - began < 25
     assert (run.directory / "requeue").read_text().startswith(number.name)
@@ -34,6 +37,28 @@ def test_a_rank_that_is_told_to_stop_brings_the_others_along_and_saves(fault_fol
     assert not (run.directory / "requeue").exists()
     assert_same_run(run, calm)
     assert run.report["goodput"]["replayed_steps"] == 0 and run.report["goodput"]["starts"] == 2
+
+
+@pytest.mark.nightly
+def test_a_rank_that_is_told_while_all_are_loading_brings_the_others_along(fault_folder):
+    """Rank 0 is at something that takes long, for which the other waits in a collective: here for the run's
+    directory."""
+    run = FaultRun(fault_folder, "told-early")
+    with hold(run.directory):
+        run.begin()
+        time.sleep(4)  # within the 40 s that it waits for another run to leave
+        began = time.monotonic()
+        run.ranks[1].send_signal(signal.SIGUSR1)
+        assert run.codes(timeout=25) == [REQUEUE, REQUEUE], run.said[-3000:]
+        assert time.monotonic() - began < 25 and "nothing to save" in run.said
+
+
+def test_a_fault_of_rank_0_before_training_is_no_users_error_on_the_other(fault_folder):
+    """Or --max-restarts would not try again."""
+    run = FaultRun(fault_folder, "odd")
+    (run.directory / "recipe.yaml").mkdir(parents=True)
+    assert run.begin().codes() == [FAILED, FAILED]
+    assert "Is a directory" in run.said
 
 
 @pytest.mark.parametrize("victim", VICTIMS)
@@ -89,11 +114,17 @@ def test_a_rank_that_hangs_is_named_and_every_stack_is_kept(fault_folder, calm, 
 
 @pytest.fixture(scope="module")
 def in_fp32(fault_folder):
-    """in_fp32(name, **more): a run in fp32; the others of this file are in bf16, as ds_configs/zero2.json says."""
-    ds_config = fault_folder / "fp32.json"
-    ds_config.write_text(json.dumps({"gradient_clipping": 1.0, "zero_optimization": {"stage": 2, "overlap_comm": False}}))
-    settings = {"--ds_config": ds_config, "--instruct.max_steps": 30}
+    """in_fp32(name, more): a run in fp32; the others of this file are in bf16, as ds_configs/zero2.json says."""
+    settings = {"--ds_config": ds_config_in_fp32(fault_folder, 2), "--instruct.max_steps": 30}
     return lambda name, more: FaultRun(fault_folder, f"fp32-{name}", {**settings, **more})
+
+
+def ds_config_in_fp32(folder, stage: int):
+    path = folder / f"fp32-zero{stage}.json"
+    path.write_text(
+        json.dumps({"gradient_clipping": 1.0, "zero_optimization": {"stage": stage, "overlap_comm": False}})
+    )
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -111,9 +142,26 @@ def test_a_kill_in_fp32_changes_no_bit_and_under_measured_speeds_the_rounding_al
     run.finish()
     if balance == "equal":
         assert_same_run(run, calm_in_fp32)
-    for tag in ("loss", "held_out_loss"):
+    for tag in ("learning/loss", "learning/held_out_loss"):
         found, wanted = dict(run.curve(tag)), dict(calm_in_fp32.curve(tag))
         assert found == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("num_ranks, stage", [(1, 3), (3, 1)])
+def test_a_stopped_run_goes_on_with_other_ranks_and_another_stage_by_the_same_command(
+    in_fp32, calm_in_fp32, fault_folder, num_ranks, stage
+):
+    """From its files, with no tool in between: two ranks of ZeRO 2 begin, one of ZeRO 3 or three of ZeRO 1 end."""
+    run = in_fp32(f"then-{num_ranks}", {}).begin()
+    run.wait_for_step(EVERY + 3)
+    run.ranks[0].send_signal(signal.SIGUSR1)
+    assert run.codes() == [REQUEUE, REQUEUE]
+    after = in_fp32(f"then-{num_ranks}", {"--ds_config": ds_config_in_fp32(fault_folder, stage)})
+    assert after.begin(num_ranks).codes() == [0] * num_ranks, after.said[-3000:]
+    for tag in ("learning/loss", "learning/held_out_loss"):
+        assert dict(after.curve(tag)) == pytest.approx(dict(calm_in_fp32.curve(tag)), rel=1e-5)
+    assert len(after.curve()) == 30 and after.report["goodput"]["replayed_steps"] == 0
 
 
 def test_the_ledger_adds_up(calm):
@@ -122,6 +170,9 @@ def test_the_ledger_adds_up(calm):
     assert sum(line["seconds"].values()) == pytest.approx(line["alive"], rel=0.02)
     assert calm.report["seconds"] == pytest.approx(line["alive"], rel=0.1)
     assert 0 < calm.report["goodput"]["goodput"] < 1 and "in useful steps" in calm.said
+    drawn = {part: calm.curve(f"time/{part}")[-1] for part in ("goodput", *PARTS)}
+    assert {step for step, _ in drawn.values()} == {NUM_STEPS}
+    assert sum(drawn[part][1] for part in PARTS) == pytest.approx(1.0, abs=0.02) and 0 < drawn["goodput"][1] < 1
     assert json.loads((calm.directory / "report.json").read_text())["skipped_steps"] == 0
 
 

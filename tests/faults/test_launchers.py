@@ -61,7 +61,11 @@ CASES = [
 @pytest.mark.parametrize("launcher, depth, number", CASES, ids=lambda v: getattr(v, "name", str(v)))
 def test_a_launcher_that_is_signalled_or_killed_leaves_a_saved_run_and_no_orphans(tmp_path, launcher, depth, number):
     folder, log = workplace(tmp_path), tmp_path / "log"
-    command = f"deepspeed --num_gpus 2 --master_port {free_port()} {TRAIN}" if launcher == "deepspeed" else f"python {TRAIN} --ranks 2"
+    command = (
+        f"deepspeed --num_gpus 2 --master_port {free_port()} {TRAIN}"
+        if launcher == "deepspeed"
+        else f"python {TRAIN} --ranks 2"
+    )
     process = begin(command, folder, log)
     family = []
     try:

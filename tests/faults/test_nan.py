@@ -1,5 +1,5 @@
-"""A loss or a gradient that is not finite, on one rank: every rank skips the step, the samples are named, no weight sees
-it, and training goes on as if the step had not been. If it does not stop, the run does, with the reason."""
+"""A loss or a gradient that is not finite, on one rank: every rank skips the step, the samples are named, no weight
+sees it, and training goes on as if the step had not been. If it does not stop, the run does, with the reason."""
 
 import math
 
@@ -40,8 +40,8 @@ class Saboteur:
     def spoil(self, module, inputs, output):
         return NaNBackward.apply(output) if self.step in self.at and self.model.training else output
 
-    def encode(self, proteins):
-        structure, sequence = self.encoders.encode(proteins)
+    def encode(self, proteins, *made):
+        structure, sequence = self.encoders.encode(proteins, *made)
         if self.kind == "loss" and self.step in self.at:
             hit = [self.keys is None or protein.key in self.keys for protein in proteins]
             structure = [rows * math.nan if h else rows for rows, h in zip(structure, hit)]

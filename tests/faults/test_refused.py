@@ -1,4 +1,5 @@
-"""A run that was made of something else is not continued in silence: the difference is named, or permitted on purpose."""
+"""A run that was made of something else is not continued in silence: the difference is named, or permitted on
+purpose."""
 
 import json
 import shutil
@@ -11,6 +12,7 @@ import torch
 from benchmarks.forked_ranks import ForkedRank
 from commands import environment
 from safetensors.torch import load_file, save_file
+from shard_server import serving
 
 from proteingpt.demo.llm import write_tiny_llm
 from proteingpt.data.shards import ShardSet
@@ -191,9 +193,14 @@ def test_a_recipe_that_may_not_be_read_is_named(tmp_path):
     assert done.stdout == f"recipe {recipe} cannot be read: Permission denied\n", done.stderr
 
 
-def test_keys_of_the_environment_are_nowhere_in_a_run(again, tmp_path):
-    secrets = {name: f"sk-{name.lower()}-0123456789" for name in ("OPENAI_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY")}
-    code, said = again(env=secrets)
-    assert code == 0
+def test_keys_of_the_environment_and_the_signature_of_an_address_are_nowhere_in_a_run(again, tmp_path):
+    secrets = {
+        name: f"sk-{name.lower()}-0123456789" for name in ("OPENAI_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY")
+    }
+    secrets["signature"] = "s1gnature-0123456789"
+    with serving(tmp_path / "assets") as (address, _):
+        signed = ("--data", f"{address}?signature={secrets['signature']}", "--allow-changed", "data.shards")
+        code, said = again(*signed, env=secrets)
+    assert code == 0 and address in said, said
     written = b"".join(path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()) + said.encode()
     assert not [name for name, secret in secrets.items() if secret.encode() in written]

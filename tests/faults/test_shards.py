@@ -52,7 +52,9 @@ def flip(directory, sample: int):
     path.write_bytes(content)
 
 
-def train_on(rank, device, case: Case, fault: str, report: str, timeout_seconds=60.0, max_share=1.0, fewest=100) -> dict:
+def train_on(
+    rank, device, case: Case, fault: str, report: str, timeout_seconds=60.0, max_share=1.0, fewest=100
+) -> dict:
     """The real loop over the real reader. The fault comes once both know the shards."""
     run = SmallRun(case)
     engine = run.engine()

@@ -13,8 +13,8 @@ SLOW_FROM, STEPS, SLOW_RANK = 8, 44, 1
 
 
 def train_beside_a_slow_rank(rank, device, case, repeats: int) -> dict:
-    """From SLOW_FROM on SLOW_RANK does every matrix product so many times more. Tokens computed in each step, and what the
-    exchanges brought to light."""
+    """From SLOW_FROM on SLOW_RANK does every matrix product so many times more. Tokens computed in each step, and what
+    the exchanges brought to light."""
     run = SmallRun(case)
     engine = run.engine()
     now, tokens = [0], [0] * STEPS

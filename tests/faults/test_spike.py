@@ -1,5 +1,5 @@
-"""A loss or a gradient far above the usual: skipped on all ranks, as if the step had not been; and where it goes on, back
-to the last checkpoint and past those steps."""
+"""A loss or a gradient far above the usual: skipped on all ranks, as if the step had not been; and where it goes on,
+back to the last checkpoint and past those steps."""
 
 import json
 import sys
@@ -75,8 +75,8 @@ def test_all_ranks_skip_the_step_and_the_rest_is_as_without_it(worlds, make_case
 
 # ------------------------------------------------------------------------------------- the whole run, and going back
 
-# A process of its own, as launch/train.py would be, with a fault in the model: what it loses at steps 7 and 8 of its first
-# attempt is 50 times what it should be.
+# A process of its own, as launch/train.py would be, with a fault in the model: what it loses at steps 7 and 8 of its
+# first attempt is 50 times what it should be.
 SABOTAGED = """
 import sys
 import torch
@@ -107,9 +107,10 @@ sys.exit(run.main(sys.argv[1:]))
 # One stage; 16 steps of 40 questions.
 RUN = (
     "--ds_config {ds_config} --demo.num_proteins 20 --demo.directory {assets} --recipe recipe.yaml "
-    "--instruct.epochs 4 --output out --instruct.samples_per_step 40 --instruct.warmup_steps 2 --evaluation.num_proteins 2 --evaluation.every_steps null "
-    "--checkpoint.every_steps 3 --checkpoint.keep_last 9 --guard.window 4 --guard.spike_factor 4 --guard.roll_back_after 2 "
-    "--guard.quarantine_after 1 --devices.balance equal --devices.tokens_per_forward 4096"
+    "--instruct.epochs 4 --output out --instruct.samples_per_step 40 --instruct.warmup_steps 2 "
+    "--evaluation.num_proteins 2 --evaluation.every_steps null --checkpoint.every_steps 3 --checkpoint.keep_last 9 "
+    "--guard.window 4 --guard.spike_factor 4 --guard.roll_back_after 2 --guard.quarantine_after 1 --devices.balance "
+    "equal --devices.tokens_per_forward 4096"
 )
 
 
@@ -127,7 +128,11 @@ def test_a_run_goes_back_to_its_checkpoint_and_past_the_steps_and_ends_well(tmp_
     assert "back to step 6" in done.stderr and "where" in done.stderr
     progress = checkpoint.read_progress(checkpoint.newest_valid(tmp_path / "out" / "instruct"))
     assert progress.steps_done == progress.num_steps > 9
-    assert progress.guard["passed_over"] == [7, 8] and progress.guard["roll_backs"] == 1 and progress.guard["not_taken"] == 2
+    assert (
+        progress.guard["passed_over"] == [7, 8]
+        and progress.guard["roll_backs"] == 1
+        and progress.guard["not_taken"] == 2
+    )
     lines = [json.loads(line) for line in (tmp_path / "out" / "set_aside.jsonl").read_text().splitlines()]
     assert sorted(line["key"] for line in lines) == sorted(progress.guard["quarantined"]) != []
     assert {(line["stage"], line["step"]) for line in lines} <= {("instruct", 7), ("instruct", 8)}

@@ -7,6 +7,9 @@ import shlex
 import pytest
 from commands import execute, workplace
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard_pages import custom_scalars_page, hparams_page
+
+from proteingpt.training.curves import CURVES
 
 COMMAND = "deepspeed launch/train.py --ds_config ds_configs/zero2.json"
 
@@ -35,7 +38,10 @@ def test_the_report_is_printed_and_agrees_with_report_json(demo):
     folder, process, report = demo
     assert f"{report['accuracy']:.1%} of {report['num_questions']} held-out questions" in process.stdout
     assert f"{report['blind_accuracy']:.1%}" in process.stdout
-    assert report["steps"] == sum(report["steps_by_stage"].values()) and set(report["steps_by_stage"]) == {"align", "instruct"}
+    assert report["steps"] == sum(report["steps_by_stage"].values()) and set(report["steps_by_stage"]) == {
+        "align",
+        "instruct",
+    }
     predictions = [json.loads(line) for line in (folder / "runs/demo/predictions.jsonl").read_text().splitlines()]
     right = sum(p["prediction"].strip().lower() == p["answer"].strip().lower() for p in predictions)
     assert right / report["num_questions"] == pytest.approx(report["accuracy"])
@@ -43,7 +49,9 @@ def test_the_report_is_printed_and_agrees_with_report_json(demo):
 
 def test_progress_shows_step_loss_rate_and_time_left(demo):
     _, process, _ = demo
-    assert re.search(r"instruct \d+/\d+  loss \d+\.\d+  lr \S+  [\d,]+ tokens/s  .* left", process.stderr + process.stdout)
+    assert re.search(
+        r"instruct \d+/\d+  loss \d+\.\d+  lr \S+  [\d,]+ tokens/s  .* left", process.stderr + process.stdout
+    )
 
 
 def test_the_printed_command_asks_the_model(demo):
@@ -63,13 +71,33 @@ def test_tensorboard_holds_every_promised_curve_and_some_texts(demo):
         events = EventAccumulator(str(folder / "runs/demo/tensorboard" / stage))
         events.Reload()
         tags = events.Tags()
-        promised = {
-            "loss", "learning_rate", "gradient_norm", "tokens_per_second", "samples_per_second", "step_seconds",
-            "memory_gib", "held_out_loss",
-        }  # fmt: skip
-        assert promised <= set(tags["scalars"])
+        # A CPU has no data sheet, and so no MFU; align asks no questions.
+        absent = {tag for tag in CURVES if "mfu" in tag}
+        absent |= {f"learning/held_out_{score}" for score in ("accuracy", "blind_accuracy", "lift") if stage == "align"}
+        found = {tag.removesuffix("/rank_0") for tag in tags["scalars"]}
+        assert found == CURVES.keys() - absent
         assert any(tag.startswith("answer_") for tag in tags["tensors"])
-        assert [e.step for e in events.Scalars("loss")] == list(range(1, report["steps_by_stage"][stage] + 1))
+        assert [e.step for e in events.Scalars("learning/loss")] == list(range(1, report["steps_by_stage"][stage] + 1))
+
+
+def test_its_pages_answer_the_three_questions_and_hold_settings_beside_scores(demo):
+    folder, _, report = demo
+    page = custom_scalars_page(folder / "runs/demo/tensorboard")
+    assert list(page) == ["Is it learning?", "Is it fast?", "Is it healthy?"]
+    settings, metrics, status = hparams_page(folder / "runs/demo/tensorboard")["instruct"]
+    assert (settings["recipe"], settings["init_lr"], settings["zero_stage"]) == ("demo", pytest.approx(0.002), 2)
+    assert metrics["learning/held_out_accuracy"] == pytest.approx(report["accuracy"])
+    assert metrics["learning/held_out_lift"] == pytest.approx(report["accuracy"] - report["blind_accuracy"])
+    assert status == "STATUS_SUCCESS"
+
+
+def test_its_status_says_that_it_is_finished_and_what_it_came_to(demo):
+    folder, _, report = demo
+    shown = execute("python launch/status.py runs/demo", folder)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.startswith(f"runs/demo: finished, {report['steps']:,} steps in ")
+    blind, lift = report["blind_accuracy"], report["accuracy"] - report["blind_accuracy"]
+    assert f"accuracy {report['accuracy']:.1%}, blind {blind:.1%}, lift {100 * lift:+.1f} points" in shown.stdout
 
 
 def test_a_finished_run_only_shows_its_report_again(demo):
@@ -108,4 +136,7 @@ def test_every_ready_configuration_runs_the_demo(config, tmp_path):
 def test_help_explains_itself(tmp_path):
     process = execute("python launch/train.py --help", workplace(tmp_path))
     assert process.returncode == 0
-    assert "--instruct.samples_per_step" in process.stdout and "question/answer pairs in an optimizer step" in process.stdout
+    assert (
+        "--instruct.samples_per_step" in process.stdout
+        and "question/answer pairs in an optimizer step" in process.stdout
+    )

@@ -1,5 +1,5 @@
-"""Loading an LLM takes no copy of it beside the one that trains: none of the host's under ZeRO 3, where each rank keeps its
-share, and elsewhere the pages of the file, which all ranks of a host have mapped together."""
+"""Loading an LLM takes no copy of it beside the one that trains: none of the host's under ZeRO 3, where each rank keeps
+its share, and elsewhere the pages of the file, which all ranks of a host have mapped together."""
 
 import ctypes
 import threading
@@ -23,7 +23,9 @@ LIBC = ctypes.CDLL("libc.so.6")
 def private_bytes() -> int:
     """Of this process alone: neither a file's pages nor shared ones, nor what was freed and glibc has kept."""
     LIBC.malloc_trim(0)
-    line = next(line for line in Path("/proc/self/smaps_rollup").read_text().splitlines() if line.startswith("Anonymous:"))
+    line = next(
+        line for line in Path("/proc/self/smaps_rollup").read_text().splitlines() if line.startswith("Anonymous:")
+    )
     return int(line.split()[1]) * 1024
 
 

@@ -1,5 +1,5 @@
-"""LoRA under ZeRO is LoRA as its paper writes it: W + alpha / rank * B A in the place of W, by one process, one question
-at a time, in plain torch."""
+"""LoRA under ZeRO is LoRA as its paper writes it: W + alpha / rank * B A in the place of W, by one process, one
+question at a time, in plain torch."""
 
 from dataclasses import replace
 
@@ -73,7 +73,9 @@ def plain(make_case):
     )
     losses, norms = [], []
     for step in range(STEPS):
-        asked = [(run.shards.read(s).protein, run.shards.read_text(s)[1][t]) for s, turns in run.groups(step) for t in turns]
+        asked = [
+            (run.shards.read(s).protein, run.shards.read_text(s)[1][t]) for s, turns in run.groups(step) for t in turns
+        ]
         terms = [plain_question(lora, projector, tokenizer, run, *question) for question in asked]
         loss = sum(term for term, _ in terms) / sum(count for _, count in terms)
         optimizer.zero_grad()
@@ -107,7 +109,9 @@ def test_a_checkpoint_goes_on_under_another_stage_and_number_of_ranks(worlds, pl
     assert len(names) == 2 * len(LINEAR) * 2 and not any("base_layer" in name for name in names)
     done = worlds(after[1])(train_on_rank, make_case(after[0]), SAVED, saved)[0]
     assert done["losses"] == pytest.approx(plain[0][SAVED:], rel=RELATIVE)
-    assert all(torch.equal(done["begun_with"][kind][name], value) for kind in saved for name, value in saved[kind].items())
+    assert all(
+        torch.equal(done["begun_with"][kind][name], value) for kind in saved for name, value in saved[kind].items()
+    )
 
 
 def test_weights_kept_once_more_in_each_node_change_nothing_and_can_be_begun_anew(worlds, plain, make_case):

@@ -88,7 +88,9 @@ def test_each_rank_runs_its_own_number_of_forwards(worlds, make_case, plain, zer
 
 
 @pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero2_offload"])
-def test_so_where_the_gradients_are_too_large_to_keep_and_go_to_deepspeed_as_they_are_made(worlds, make_case, plain, zero):
+def test_so_where_the_gradients_are_too_large_to_keep_and_go_to_deepspeed_as_they_are_made(
+    worlds, make_case, plain, zero
+):
     by_rank = run(worlds(3), make_case(zero, "full", SPEEDS[3], kept_at_most=0))
     assert COUNTS[3] in counts_of(by_rank)
     check(by_rank, plain("full"))

@@ -42,7 +42,7 @@ def test_the_loss_falls_on_real_proteins(trained, stage):
     folder, _, _ = trained
     events = EventAccumulator(str(folder / "runs/real/tensorboard" / stage))
     events.Reload()
-    losses = [event.value for event in events.Scalars("loss")]
+    losses = [event.value for event in events.Scalars("learning/loss")]
     fifth = len(losses) // 5
     assert sum(losses[-fifth:]) / fifth < 0.6 * sum(losses[:fifth]) / fifth
 

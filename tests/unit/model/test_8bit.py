@@ -35,7 +35,9 @@ def loss_and_gradients(model):
 @pytest.mark.parametrize("train, more", [("projector", {}), ("lora", {"lora": LoraConfig(rank=4)})])
 def test_losses_and_gradients_are_near_those_of_the_whole(directory, train, more):
     """8 bits of a row keep about two decimal digits; a layer that was lost would be far outside."""
-    (loss, found), (wanted_loss, wanted) = (loss_and_gradients(build(directory, train, b, **more)) for b in (True, False))
+    (loss, found), (wanted_loss, wanted) = (
+        loss_and_gradients(build(directory, train, b, **more)) for b in (True, False)
+    )
     assert loss.item() == pytest.approx(wanted_loss.item(), rel=1e-3) and loss.item() != wanted_loss.item()
     assert (found - wanted).norm() < 0.03 * wanted.norm()
 

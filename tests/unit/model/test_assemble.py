@@ -6,25 +6,14 @@ import shutil
 
 import pytest
 import torch
+from exported import SEQUENCE_WIDTH, STRUCTURE_WIDTH, WIDTH, changed, make_info
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
 from proteingpt.config import ModelConfig
-from proteingpt.data.prompts import TEMPLATES
-from proteingpt.demo.llm import FAMILIES, write_tiny_llm
+from proteingpt.demo.llm import FAMILIES
 from proteingpt.model import assemble
-from proteingpt.model.assemble import ModelError, ModelInfo
-
-STRUCTURE_WIDTH, SEQUENCE_WIDTH, WIDTH = 12, 20, 32
-
-
-@pytest.fixture(scope="module")
-def directories(tmp_path_factory):
-    texts = ["What is the first residue of this protein? serine"]
-    return {
-        family: write_tiny_llm(tmp_path_factory.mktemp(family), texts, family=family, width=WIDTH, vocab_size=280)
-        for family in FAMILIES
-    }
+from proteingpt.model.assemble import ModelError
 
 
 @pytest.fixture
@@ -156,24 +145,6 @@ def test_saved_weights_must_match_in_name_and_in_shape(directories):
 # ----------------------------------------------------------------------------------------------------------- export
 
 
-def make_info(llm) -> ModelInfo:
-    return ModelInfo(
-        llm=str(llm), esm2="esm2.pt", esm_if1="esm_if1.pt", esm2_fingerprint="a", esm_if1_fingerprint="b",
-        weights_dir="weights", encoder_dtype="float32", structure_width=STRUCTURE_WIDTH, sequence_width=SEQUENCE_WIDTH,
-        template=TEMPLATES["released", "instruct"], stage="instruct",
-    )  # fmt: skip
-
-
-def changed(model):
-    """As if trained: every trainable weight moved. Returns the weights as a checkpoint holds them."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return {name: p.detach().float().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
 def logits_of(model) -> torch.Tensor:
     """Of a protein of three residues between some words, by transformers' eager attention."""
     generator = torch.Generator().manual_seed(8)
@@ -297,3 +268,21 @@ def test_what_is_no_exported_model_is_refused_by_name(directories, tmp_path):
     (tmp_path / "model.json").write_text(json.dumps({**values, "format": 7}))
     with pytest.raises(ModelError, match="format 7"):
         assemble.read_info(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "damage, says",
+    [
+        (lambda d: (d / "projector.safetensors").unlink(), "projector.safetensors is broken"),
+        (lambda d: shutil.rmtree(d / "tokenizer"), "tokenizer holds no tokenizer that can be loaded"),
+        (lambda d: (d / "model.json").write_text('{"format": 1, "ll'), "model.json is damaged"),
+        (lambda d: (d / "model.json").write_text('{"format": 1, "newer": 2}'), "model.json is damaged, or of another"),
+    ],
+)
+def test_a_model_directory_of_which_a_part_was_lost_says_which(directories, tmp_path, damage, says):
+    info = make_info(directories["llama"])
+    weights = changed(build(directories["llama"]))
+    assemble.export(tmp_path, weights, info, assemble.load_tokenizer(info.llm), torch.float32)
+    damage(tmp_path)
+    with pytest.raises(ModelError, match=says):
+        assemble.load_exported(tmp_path, torch.float32, torch.device("cpu"))

@@ -7,43 +7,23 @@ import shutil
 import peft
 import pytest
 import torch
+from exported import SEQUENCE_WIDTH, STRUCTURE_WIDTH, changed, make_info
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from proteingpt.config import LoraConfig, ModelConfig
-from proteingpt.data.prompts import TEMPLATES
-from proteingpt.demo.llm import FAMILIES, write_tiny_llm
+from proteingpt.demo.llm import FAMILIES
 from proteingpt.model import assemble, lora
-from proteingpt.model.assemble import ModelError, ModelInfo
+from proteingpt.model.assemble import ModelError
 
-STRUCTURE_WIDTH, SEQUENCE_WIDTH, WIDTH = 12, 20, 32
 LORA = LoraConfig(rank=3, alpha=9.0)
 LINEAR = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
-
-
-@pytest.fixture(scope="module")
-def directories(tmp_path_factory):
-    texts = ["What is the first residue of this protein? serine"]
-    return {
-        family: write_tiny_llm(tmp_path_factory.mktemp(family), texts, family=family, width=WIDTH, vocab_size=280)
-        for family in FAMILIES
-    }
 
 
 def build(directory, config: LoraConfig = LORA, train="lora", dtype=torch.float32, init_from=None, seed=3):
     lora_config = config if train == "lora" else LoraConfig()
     config = ModelConfig(llm=str(directory), train=train, lora=lora_config, init_from=init_from and str(init_from))
     return assemble.build_model(config, STRUCTURE_WIDTH, SEQUENCE_WIDTH, dtype, seed)
-
-
-def changed(model) -> dict[str, torch.Tensor]:
-    """As if trained: the weights as a checkpoint holds them."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return {name: p.detach().float().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def logits_of(llm) -> torch.Tensor:
@@ -61,14 +41,6 @@ def by_hand(directory, weights) -> torch.Tensor:
             if a is not None:
                 parameter += 9.0 / 3 * b @ a
     return logits_of(llm)
-
-
-def make_info(llm) -> ModelInfo:
-    return ModelInfo(
-        llm=str(llm), esm2="esm2.pt", esm_if1="esm_if1.pt", esm2_fingerprint="a", esm_if1_fingerprint="b",
-        weights_dir="weights", encoder_dtype="float32", structure_width=STRUCTURE_WIDTH, sequence_width=SEQUENCE_WIDTH,
-        template=TEMPLATES["released", "instruct"], stage="instruct",
-    )  # fmt: skip
 
 
 def export(source, weights, place, config: LoraConfig = LORA):
@@ -164,7 +136,9 @@ def test_training_goes_on_from_an_exported_model(trained, tmp_path):
     full = build(directory, train="full", init_from=place)
     wanted = {f"llm.{name}" for name, _ in AutoModelForCausalLM.from_pretrained(directory).named_parameters()}
     assert {name for name in assemble.trainable_names(full) if name.startswith("llm.")} == wanted
-    assert assemble.base_llm(ModelConfig(train="lora", llm=str(directory), init_from=str(merged))) == str(merged / "llm")
+    assert assemble.base_llm(ModelConfig(train="lora", llm=str(directory), init_from=str(merged))) == str(
+        merged / "llm"
+    )
 
 
 def test_what_does_not_fit_is_named(directories, tmp_path):

@@ -40,7 +40,9 @@ def test_only_norms_of_that_formula_are_changed():
 
 
 def test_a_cpu_keeps_transformers_own_to_the_bit():
-    config = LlamaConfig(vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = LlamaConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
     model = LlamaForCausalLM(config)
     before = model(input_ids=torch.tensor([[1, 2, 3]])).logits
     fuse_norms(model)

@@ -8,7 +8,13 @@ import sentencepiece
 from proteingpt.data.prompts import TEMPLATES, Prompt
 from proteingpt.model.assemble import load_tokenizer
 
-TEXTS = ["Q: <protein>", "</protein>Is it an enzyme? A: ", "###Human: <protein>", "</protein> Is it? ###Assistant: ", "Yes###"]
+TEXTS = [
+    "Q: <protein>",
+    "</protein>Is it an enzyme? A: ",
+    "###Human: <protein>",
+    "</protein> Is it? ###Assistant: ",
+    "Yes###",
+]
 
 
 @pytest.fixture(scope="module")

@@ -136,6 +136,23 @@ def test_speeds_of_another_number_of_ranks_are_dropped(worlds):
     assert done[0]["agreed"] == [(0, [1.0, 1.0])]
 
 
+def begin_with(rank, device, mode: str, measured_on) -> tuple:
+    balance = Balance(DevicesConfig(balance=mode), device, [(0, [700.0, 100.0])], [None, 512], measured_on)
+    return balance.speeds(3), balance.limits
+
+
+def test_what_other_devices_reached_is_not_taken_for_these(worlds):
+    """Ranks 0 and 1 have CPUs. An older checkpoint, which does not say what it had, is believed."""
+    taken, fresh = [700.0, 100.0], [1.0, 1.0]
+    world = worlds(2)
+    assert world(begin_with, "measured", ["CPU", "CPU"])[0] == (taken, [None, 512])
+    assert world(begin_with, "measured", None)[1] == (taken, [None, 512])
+    assert world(begin_with, "measured", ["NVIDIA H100", "CPU"])[0] == (fresh, [None, 512])
+    assert world(begin_with, "measured", ["CPU", "NVIDIA H100"])[1] == (fresh, [None, None])
+    assert world(begin_with, "measured", ["CPU"] * 3)[0] == (fresh, [None, None])
+    assert world(begin_with, "equal", ["CPU", "CPU"])[0] == (fresh, [None, 512])
+
+
 def test_the_state_stays_small(worlds):
     rates = [[1000.0 + step for step in range(400)]] * 2
     done = worlds(2)(observe_and_agree, DevicesConfig(exchange_every_steps=1), rates, None, range(400))
@@ -197,6 +214,29 @@ def test_a_rank_that_stays_behind_is_named_until_it_is_not(worlds):
     # Eight slow steps, of which two are not looked at; three of five must be fast again.
     assert named[-1] == 6 + MEMORY // 2 - 1
     assert first[-1][1] == [0.75, 0.75]  # one second of four is work
+
+
+def tell(rank, device, balance: str) -> list:
+    """(speeds, shares, told) of each exchange, and how often this rank was asked to tell."""
+    made, asked = Balance(DevicesConfig(exchange_every_steps=3, balance=balance), device), []
+    seen = []
+    for step in range(12):
+        made.observe(1000 if rank.rank == 0 else 250, 1.0)
+        exchanged = made.exchange(step + 1, lambda: asked.append(step) or f"rank {rank.rank} at {step}")
+        seen += [(exchanged.speeds, exchanged.shares, exchanged.told)] if exchanged else []
+    return [*seen, len(asked)]
+
+
+@pytest.mark.parametrize("balance", ["measured", "equal", "fixed"])
+def test_what_ranks_tell_travels_with_their_speeds_also_where_those_change_nothing(worlds, balance):
+    first, second = worlds(2)(tell, balance)
+    assert first == second and first[-1] == 4
+    speeds, shares, told = zip(*first[:-1])
+    assert speeds == ([1000.0, 250.0],) * 4
+    assert told == tuple([f"rank 0 at {step}", f"rank 1 at {step}"] for step in (2, 5, 8, 11))
+    # By what is in force at that step: what was agreed after three steps counts from step 3 + LAG on.
+    in_force = [[0.8, 0.2] if balance == "measured" and step >= 3 + LAG else [0.5, 0.5] for step in (3, 6, 9, 12)]
+    assert list(shares) == [pytest.approx(share) for share in in_force]
 
 
 def lower_and_share(rank, device, saved) -> tuple:

@@ -1,5 +1,6 @@
 """What is written can be read; what was broken since is named and passed over."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -26,7 +27,8 @@ def make_state(seed: int) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def progress(steps_done: int) -> Progress:
-    return Progress("instruct", steps_done, num_steps=40, plan="abc123", speeds=[[0, [1.0, 0.1]], [11, [1 / 3, 2e-9]]])
+    agreed = [[0, [1.0, 0.1]], [11, [1 / 3, 2e-9]]]
+    return Progress("instruct", steps_done, num_steps=40, plan="abc123", speeds=agreed, devices=["NVIDIA H100", "CPU"])
 
 
 def same(found, wanted) -> bool:
@@ -192,7 +194,9 @@ def test_the_best_is_kept_beside_the_last(tmp_path):
     assert checkpoint.read_best(tmp_path) == {"checkpoint": "step-00000003", "metric": "loss", "value": 1 / 3}
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"checkpoint": "../../x", "metric": "loss", "value": 1.0}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"checkpoint": "../../x", "metric": "loss", "value": 1.0}', "[" * 100_000]
+)
 def test_a_mark_of_the_best_that_cannot_be_is_none(two, text):
     folder, *_ = two
     (folder / "best.json").write_text(text)
@@ -202,10 +206,21 @@ def test_a_mark_of_the_best_that_cannot_be_is_none(two, text):
 HOSTILE = {
     "stage": [1, None], "steps_done": [-1, 2.5, True, "10", 2**60, None], "plan": [None, 7], "speeds": ["fast", [[0]],
     [[0, ["x"]]], [[0, [float("nan")]]], [[-1, [1.0]]], {"0": 1}], "identity": [[], {"data": 7}],
+    "devices": ["CPU", [1], {"0": "CPU"}],
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name, value", [(name, value) for name, values in HOSTILE.items() for value in values], ids=repr)
+def test_a_checkpoint_from_before_devices_were_named_is_read(two):
+    _, _, newer = two
+    description = json.loads((newer / "checkpoint.json").read_text())
+    (newer / "checkpoint.json").write_text(json.dumps({k: v for k, v in description.items() if k != "devices"}))
+    verify(newer)
+    assert checkpoint.read_progress(newer) == dataclasses.replace(progress(20), devices=None)
+
+
+@pytest.mark.parametrize(
+    "name, value", [(name, value) for name, values in HOSTILE.items() for value in values], ids=repr
+)
 def test_a_description_whose_values_cannot_be_is_broken(two, name, value):
     folder, older, newer = two
     description = json.loads((newer / "checkpoint.json").read_text())
@@ -226,10 +241,16 @@ def test_a_checkpoint_is_compared_with_what_trains_before_it_is_loaded(two):
     _, _, newer = two
     shapes = {"projector.structure.weight": (3, 5), "projector.structure.bias": (3,)}
     checkpoint.check_fits(newer, shapes)
-    for wrong in ({**shapes, "projector.structure.bias": (4,)}, {**shapes, "more": (1,)}, {"projector.structure.bias": (3,)}):
+    for wrong in (
+        {**shapes, "projector.structure.bias": (4,)},
+        {**shapes, "more": (1,)},
+        {"projector.structure.bias": (3,)},
+    ):
         with pytest.raises(CheckpointError, match="does not fit what trains here"):
             checkpoint.check_fits(newer, wrong)
-    save_file({name: torch.zeros(shape, dtype=torch.float16) for name, shape in shapes.items()}, newer / "exp_avg.safetensors")
+    save_file(
+        {name: torch.zeros(shape, dtype=torch.float16) for name, shape in shapes.items()}, newer / "exp_avg.safetensors"
+    )
     with pytest.raises(CheckpointError, match="exp_avg.safetensors, .* is .'F16'"):
         checkpoint.check_fits(newer, shapes)
 

@@ -34,7 +34,8 @@ class Sleeper(nn.Module):
 
 
 def test_only_what_modules_with_weights_do_counts():
-    """What waits for weights that others hold does so in hooks that were there before the clock's, as DeepSpeed's are."""
+    """What waits for weights that others hold does so in hooks that were there before the clock's, as DeepSpeed's
+    are."""
     parts = nn.Sequential(Sleeper(1), nn.Identity(), Sleeper(2))
     parts[0].register_forward_pre_hook(lambda module, inputs: sleep(16))
     parts[2].register_forward_hook(lambda module, inputs, output: sleep(32))

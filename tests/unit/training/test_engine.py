@@ -68,7 +68,9 @@ def test_a_group_without_parameters_is_left_out():
 def test_the_llm_may_have_a_rate_of_its_own():
     model = nn.ModuleDict({"projector": nn.Linear(2, 3), "llm": nn.Linear(3, 3)})
     model["frozen"] = nn.Linear(3, 3).requires_grad_(False)
-    found = [(g["weight_decay"], g["lr_factor"], [id(p) for p in g["params"]]) for g in parameter_groups(model, 0.1, 0.25)]
+    found = [
+        (g["weight_decay"], g["lr_factor"], [id(p) for p in g["params"]]) for g in parameter_groups(model, 0.1, 0.25)
+    ]
     ours, theirs = model["projector"], model["llm"]
     assert found == [
         (0.1, 1.0, [id(ours.weight)]), (0.1, 0.25, [id(theirs.weight)]),
@@ -92,7 +94,9 @@ def test_zero_plus_plus_is_what_deepspeed_knows_and_is_refused_where_there_is_no
     check_device({"zero_optimization": values})
 
 
-@pytest.mark.parametrize("size, world_size, fits", [(1, 5, True), (8, 4, True), (8, 16, True), (8, 12, False), (3, 4, False)])
+@pytest.mark.parametrize(
+    "size, world_size, fits", [(1, 5, True), (8, 4, True), (8, 16, True), (8, 12, False), (3, 4, False)]
+)
 def test_a_node_holds_as_many_ranks_as_the_partition(size, world_size, fits):
     if fits:
         return check_partition(size, world_size)
@@ -218,8 +222,8 @@ FP32_GRADIENTS = (("data_types", {"grad_accum_dtype": "fp32"}),)  # ZeRO 1 in bf
 
 
 def after_drops(rank, device, case, drops) -> dict:
-    """The state after a step that follows the dropped ones, its gradient's norm, and the updates counted. drops: whether
-    each was reduced before."""
+    """The state after a step that follows the dropped ones, its gradient's norm, and the updates counted. drops:
+    whether each was reduced before."""
     run = SmallRun(case)
     engine = run.engine()
     for is_reduced in drops:
@@ -247,9 +251,11 @@ DROPPED = [
 
 @pytest.mark.parametrize("zero, bf16, more, kept_at_most", DROPPED)
 def test_a_dropped_step_leaves_nothing_behind(worlds, make_case, zero, bf16, more, kept_at_most):
-    """To the bit: the state after the next step is that of an engine which never saw the dropped ones. Where DeepSpeed has
-    the gradients it has reduced them before anything can be dropped."""
-    case = make_case(zero, "full", bf16=bf16, more=more, samples_per_step=9, questions_per_group=1, tokens_per_pack=None)
+    """To the bit: the state after the next step is that of an engine which never saw the dropped ones. Where DeepSpeed
+    has the gradients it has reduced them before anything can be dropped."""
+    case = make_case(
+        zero, "full", bf16=bf16, more=more, samples_per_step=9, questions_per_group=1, tokens_per_pack=None
+    )
     case = dataclasses.replace(case, speeds=(1.0, 2.0), kept_at_most=kept_at_most)
     clean = worlds(2)(after_drops, case, ())[0]
     dropped = worlds(2)(after_drops, case, (False, True) if kept_at_most else (True, True))[0]

@@ -85,7 +85,8 @@ def test_without_a_factor_only_what_is_not_finite_is_bad():
 
 @pytest.mark.parametrize("name", ["paper-align", "paper-instruct", "released-align", "released-instruct"])
 def test_with_four_samples_a_step_only_what_is_not_finite_is_skipped(name):
-    """Steps of 0.02 nats a token, and then one whose four short answers have one that is missed by 6: healthy, and 1.5."""
+    """Steps of 0.02 nats a token, and then one whose four short answers have one that is missed by 6: healthy, and
+    1.5."""
     guard = from_dict(RunConfig, read_recipe(name)).guard
     usual = GuardState(losses=(0.02,) * guard.window, norms=(0.01,) * guard.window)
     missed = Seen(100, (3 * 0.02 + 6) / 4, 2.0)

@@ -41,9 +41,15 @@ def test_another_size_name_or_configuration_is_another_llm(llm):
 
 def test_each_part_changes_its_own_name_alone(demo_assets, qwen2, llm):
     def make(data=("a", "b"), tokenizer=qwen2, encoders=("e", "f")):
-        return identity_of(data, AutoTokenizer.from_pretrained(tokenizer), llm, dict(zip(("esm2", "esm_if1"), encoders)))
+        return identity_of(
+            data, AutoTokenizer.from_pretrained(tokenizer), llm, dict(zip(("esm2", "esm_if1"), encoders))
+        )
 
     before = make()
-    for changed, name in ((make(data=("a", "c")), "data"), (make(tokenizer=demo_assets / "llm"), "tokenizer"), (make(encoders=("x", "f")), "esm2")):
+    for changed, name in (
+        (make(data=("a", "c")), "data"),
+        (make(tokenizer=demo_assets / "llm"), "tokenizer"),
+        (make(encoders=("x", "f")), "esm2"),
+    ):
         assert [key for key in before if before[key] != changed[key]] == [name]
     assert "esm2" not in make(encoders=("", "f"))

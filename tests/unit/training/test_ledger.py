@@ -38,9 +38,38 @@ def test_a_start_that_ends_well(begin, tmp_path):
     (line,) = read_lines(tmp_path / NAME)
     assert line["alive"] == 25.0 and line["steps"] == {"align": 2}
     assert line["seconds"] == {
-        "useful_steps": 6.0, "replayed_steps": 0.0, "waiting_for_data": 2.0, "saving": 2.0, "evaluating": 0.0, "starting": 15.0,
+        "useful_steps": 6.0, "replayed_steps": 0.0, "waiting_for_data": 2.0, "saving": 2.0, "evaluating": 0.0,
+        "starting": 15.0,
     }  # fmt: skip
     assert ledger.summary()["goodput"] == pytest.approx(6 / 25, abs=1e-4)
+
+
+def test_who_looks_meanwhile_sees_what_it_is_doing(begin, tmp_path):
+    def seen() -> str:
+        return read_lines(tmp_path / NAME)[-1]["doing"]
+
+    ledger, _ = begin()
+    assert seen() == "starting"
+    ledger.step("align", 1, 1.0, 0.0)
+    assert seen() == "training"
+    with ledger.spending("evaluating"):
+        assert seen() == "evaluating"
+        with ledger.spending("saving"):
+            assert seen() == "saving"
+        assert seen() == "evaluating"
+    assert seen() == "training"
+    ledger.between_stages()
+    assert seen() == "starting"
+
+
+def test_what_it_ended_with_fits_a_line_whatever_it_is(begin, tmp_path):
+    ledger, _ = begin()
+    for step in range(1, 3):
+        ledger.step("instruct", 10**9 + step, 1e9, 1e8)
+    for letter in ('"', "\\", "\x00", "\n", "\u00e9", "x"):
+        ledger.end(letter * 1000)
+        (line,) = read_lines(tmp_path / NAME)
+        assert len(line["ended"]) == 150 and line["host"]
 
 
 def test_what_an_earlier_start_had_done_is_a_replay(begin, tmp_path):
@@ -73,7 +102,9 @@ def test_the_file_does_not_grow_with_the_steps(begin, tmp_path):
     assert (tmp_path / NAME).stat().st_size == LINE_BYTES
 
 
-@pytest.mark.parametrize("torn", [b"", b"{", b"\x00" * 700, b"[1]\n", b'{"alive": 1}\n', b"\xff\xfe\n", b"[" * 5000 + b"\n"])
+@pytest.mark.parametrize(
+    "torn", [b"", b"{", b"\x00" * 700, b"[1]\n", b'{"alive": 1}\n', b"\xff\xfe\n", b"[" * 5000 + b"\n"]
+)
 def test_a_torn_line_is_passed_over_and_the_next_start_has_its_own(begin, tmp_path, torn):
     ledger, _ = begin()
     ledger.step("align", 1, 1.0, 0.0)

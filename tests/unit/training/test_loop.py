@@ -1,14 +1,17 @@
 """The loop's small decisions, by hand. What it does over ranks is in tests/numerics and tests/faults."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from proteingpt.config import RunConfig, from_dict, read_recipe
 from proteingpt.data.collate import Group, collate
+from proteingpt.data.loader import Work
 from proteingpt.protein import Protein
-from proteingpt.training.loop import Local, clean_rows, is_out_of_memory, silence
+from proteingpt.training.loop import Agreed, Local, clean_rows, is_out_of_memory, pack_fill, read_by, silence
 
 
 def protein(name: str, length: int) -> Protein:
@@ -59,6 +62,25 @@ def test_the_samples_of_a_bad_forward_are_named_and_no_others(pack):
         ([1.0, 2.0], [0.1, math.nan], ["three"]),
     ):
         assert Local([pack, other], losses, norms).bad_samples() == named
+
+
+def test_what_a_rank_repeats_in_silence_it_has_not_read(pack):
+    """Twenty-eight tokens, counted by hand: two before each protein, its L + 2 rows of two encoders, then each question
+    with its answer but for the answer's last token, which nothing follows."""
+    num_tokens = (2 + 10 + 3 + 1) + (2 + 8 + 2)
+    assert pack.num_tokens == num_tokens
+    assert read_by(Work([pack, pack.silenced()], True, 6, 3, 2)) == (num_tokens, 6)
+    assert read_by(Work([pack.silenced()], True, 6, 3, 2)) == (0, 0)
+
+
+def test_packs_are_as_full_as_their_tokens_fill_the_room_of_the_whole_step(pack):
+    agreed = Agreed(1.0, num_tokens=900, num_bad=0, num_out_of_memory=0, num_failed=0)
+    item = Work([pack], True, 6, 3, num_packs=3)
+    stage = from_dict(RunConfig, read_recipe("fast-align")).align
+    assert pack_fill(agreed, item, replace(stage, tokens_per_pack=400)) == pytest.approx(900 / 1200)
+    assert (
+        pack_fill(agreed, item, replace(stage, tokens_per_step=None, samples_per_step=64, tokens_per_pack=None)) is None
+    )
 
 
 def raised(action) -> Exception:

@@ -35,7 +35,9 @@ def test_a_run_that_ends_well_is_not_started_again():
 
 def test_a_dead_rank_ends_the_others_and_all_are_started_again(capfd):
     assert supervise(starter(DIES, WAITS, FINE, FINE), 2, max_restarts=1) == 0
-    assert "rank 0 was ended by SIGKILL: starting again from the last checkpoint (1 of 2 starts)" in capfd.readouterr().err
+    assert (
+        "rank 0 was ended by SIGKILL: starting again from the last checkpoint (1 of 2 starts)" in capfd.readouterr().err
+    )
 
 
 def test_after_the_last_restart_the_fault_is_the_exit_code(capfd):
@@ -62,7 +64,10 @@ def test_a_signal_is_passed_on_to_all_and_nothing_is_started_again(number):
 
 
 def test_every_start_has_a_port_of_its_own(tmp_path):
-    note = f"open({str(tmp_path / 'ports')!r}, 'a').write(os.environ['MASTER_PORT'] + ' ' + os.environ['WORLD_SIZE'] + '\\n')"
+    note = (
+        f"open({str(tmp_path / 'ports')!r}, 'a').write(os.environ['MASTER_PORT'] + ' ' + os.environ['WORLD_SIZE'] + "
+        "'\\n')"
+    )
     assert supervise(starter(f"{note}; {DIES}", f"{note}; {FINE}"), 1, max_restarts=1) == 0
     first, second = (tmp_path / "ports").read_text().splitlines()
     assert first != second and first.endswith(" 1")
@@ -70,10 +75,25 @@ def test_every_start_has_a_port_of_its_own(tmp_path):
 
 @pytest.mark.parametrize(
     "codes, code",
-    [([0, 0], 0), ([0, 1], 1), ([70, 1], 1), ([85, 85], 85), ([85, 0], 85), ([85, 70], 70), ([-9, 70], 137), ([0, None], 137)],
+    [
+        ([0, 0], 0),
+        ([0, 1], 1),
+        ([70, 1], 1),
+        ([85, 85], 85),
+        ([85, 0], 85),
+        ([85, 70], 70),
+        ([-9, 70], 137),
+        ([0, None], 137),
+    ],
 )
 def test_one_code_for_all(codes, code):
     assert verdict(codes) == code
+
+
+def test_a_rank_that_a_passed_on_signal_itself_ended_had_not_begun():
+    """Its interpreter was still starting; without having been told it is a fault as any."""
+    assert verdict([-15, 85], told=[signal.SIGTERM]) == verdict([-15, -15], told=[signal.SIGTERM]) == REQUEUE
+    assert verdict([-15, 85]) == 143 and verdict([-9, 85], told=[signal.SIGTERM]) == 137
 
 
 def test_options_are_taken_out_of_the_others():

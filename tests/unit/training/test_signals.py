@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from proteingpt.training.signals import Agreement, Listener, StopRequest, is_gone, launchers
+from proteingpt.training.signals import REQUEUE, Agreement, Listener, StopRequest, is_gone, launchers
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
@@ -35,6 +35,38 @@ def test_a_second_interrupt_ends_at_once():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "lives\n" and "KeyboardInterrupt" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_process_that_is_signalled_before_anything_has_begun_asks_to_be_started_again(number):
+    """Also while it waits in C, as in a rendezvous: here for a line that does not come."""
+    code = (
+        "import sys\n"
+        "from proteingpt.training.signals import Early\n"
+        "Early(); print('listens', flush=True)\n"
+        "sys.stdin.readline()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    with process:
+        assert process.stdout.readline() == "listens\n"
+        process.send_signal(number)
+        assert process.wait(10) == REQUEUE
+        assert f"stopped by {number.name} before anything had begun" in process.stderr.read()
+
+
+def test_what_listened_early_is_handed_over_with_what_came_meanwhile():
+    """No moment between the two, in which a signal would end the process; and the first reads no more."""
+    code = (
+        "import os, signal, time\n"
+        "from proteingpt.training.signals import Early\n"
+        "listener = Early().hand_over()\n"
+        "os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.3); print(listener.received(), flush=True)\n"
+        "listener.ignore(); listener.close(); os.kill(os.getpid(), signal.SIGTERM); print('too late', flush=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "SIGTERM\ntoo late\n"), done.stderr
 
 
 def test_the_first_reason_stays():
