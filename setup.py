@@ -30,6 +30,11 @@ setup(
     extras_require={
         "8bit": ["bitsandbytes>=0.50"],
         "evaluation": ["bert-score>=0.3.13", "rouge-score>=0.1.2", "sacrebleu>=2.6", "nltk>=3.10"],
-        "test": ["pytest", "pytest-xdist", "hypothesis", "gemmi", "mpich", "scikit-learn", "proteingpt[evaluation,8bit]"],
+        "mlflow": ["mlflow-skinny>=3"],
+        "wandb": ["wandb>=0.20"],
+        "test": [
+            "pytest", "pytest-xdist", "hypothesis", "gemmi", "mpich", "scikit-learn",
+            "proteingpt[8bit,evaluation,mlflow,wandb]",
+        ],
     },
 )
