@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from proteingpt.config.addresses import without_secrets
 from proteingpt.data.shards import ShardError, read_manifest
 from proteingpt.model import assemble
 
@@ -113,7 +114,7 @@ def write_card(directory: Path, report: Mapping, shards: str | None):
     info, recipe = assemble.read_info(directory), (directory / "recipe.yaml").read_text(encoding="utf-8")
     mixture = (yaml.safe_load(recipe).get("data") or {}).get("mixture")
     places = list(mixture) if mixture else [shards] if shards else []
-    data = {place: manifest_of(place) for place in places}
+    data = {without_secrets(place): manifest_of(place) for place in places}
     (directory / CARD).write_text(card_text(info, report, recipe, data), encoding="utf-8")
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from proteingpt.config import DataConfig
+from proteingpt.config.addresses import without_secrets
 from proteingpt.data.questions import experimental_method
 from proteingpt.evaluation import asking, contestants, texts
 from proteingpt.evaluation.answering import Evaluation
@@ -93,7 +94,7 @@ def description(evaluation: Evaluation, unjudged: int) -> dict:
         "llm": info.llm,
         "encoders": [info.esm2, info.esm_if1],
         "embeddings": data.embeddings or "computed",
-        "data": list(data.mixture) if data.mixture else [data.shards],
+        "data": without_secrets(list(data.mixture or [data.shards])),
         "split": args.split,
         "training_proteins": len(evaluation.train),
         "long_proteins": told_length(data, evaluation),

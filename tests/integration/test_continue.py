@@ -36,8 +36,8 @@ def test_a_killed_run_continues_from_its_last_checkpoint(tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     deadline = time.monotonic() + 20
-    while read_status(folder / "runs/demo")["process"] != "gone" and time.monotonic() < deadline:
-        time.sleep(0.02)  # the shell is gone; the kernel may still be taking down what it had started
+    while read_status(folder / "runs/demo")["state"] == "running" and time.monotonic() < deadline:
+        time.sleep(0.02)  # the shell is gone; the kernel may still be taking down what it had started, thread by thread
     dead = execute("python launch/status.py runs/demo --json", folder)
     assert not (folder / "runs/demo/report.json").exists(), "it ended before it could be killed"
     kept = sorted(path.name for path in instruct.glob("step-*"))
