@@ -24,8 +24,8 @@ train: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed launch/train.py --ds_config ds_configs/zero2.json --output runs/demo
 
 test: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest tests/unit -n 2 --dist loadfile -m "not nightly"
-	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest tests --ignore tests/unit -m "not nightly"
+	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest tests/unit tests/numerics tests/real -n 2 --dist loadfile -m "not nightly"
+	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest tests/integration tests/faults -m "not nightly"
 
 test-faults: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest tests/faults

@@ -83,7 +83,7 @@ def work(directory: Path, core: int, steps: int, warm: int, balance_mode: str) -
     rank = detect(os.environ)
     device = start(rank)
     stage = StageConfig(
-        **{**world.STAGE, "epochs": 1000}, max_steps=steps, tokens_per_step=24 * 768, tokens_per_pack=768,
+        **{**world.STAGE, "epochs": 1000}, max_steps=steps, tokens_per_step=96 * 768, tokens_per_pack=768,
         questions_per_group=8,
     )
     prompt = Prompt(assemble.load_tokenizer(str(directory / "llm")), TEMPLATES["released", "instruct"], 256)
