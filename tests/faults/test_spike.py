@@ -81,9 +81,9 @@ SABOTAGED = """
 import sys
 import torch
 from proteingpt.model import assemble
-from proteingpt.training import run, stage
+from proteingpt.training import attempt, run
 
-class Noted(stage.Monitor):
+class Noted(attempt.Monitor):
     attempts = now = 0
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -101,7 +101,7 @@ def build(*args):
     model.register_forward_hook(spoil)
     return model
 
-build_model, assemble.build_model, stage.Monitor = assemble.build_model, build, Noted
+build_model, assemble.build_model, attempt.Monitor = assemble.build_model, build, Noted
 sys.exit(run.main(sys.argv[1:]))
 """
 # One stage; 16 steps of 40 questions.
