@@ -10,7 +10,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import harmonic_mean, median
 
 import torch
 
@@ -21,8 +21,8 @@ log = logging.getLogger("proteingpt")
 
 # Steps between agreeing on speeds and using them: more than the loader reads ahead.
 LAG = 6
-# Steps whose rates are looked at; their median does not see a step that was slow for a reason of its own.
-MEMORY = 5
+# Steps whose rates are looked at: with LAG and the steps between exchanges still a relief within 20.
+MEMORY = 10
 # The first steps of a run compile, allocate and fill caches.
 IGNORED = 2
 # A rank is behind below this share of the usual speed of its class, and named when it was so at so many exchanges.
@@ -40,6 +40,15 @@ def first_guess(device: torch.device) -> float:
     """Tokens per second by the name of the device; 1.0 for one that no table knows, which makes unknown ones equal."""
     name = device_name(device)
     return next((speed for key, speed in DEVICE_SPEEDS.items() if key in name), 1.0)
+
+
+def steady(rates: Sequence[float]) -> float:
+    """The speed to reckon with after these rates: the mean, in time for a token, of those that are left without the
+    quarter of the slowest and of the fastest, one each at least, so that no step counts that was slow for a reason of
+    its own, such as a checkpoint beside it. Of one or two the faster. On noisy CPU cores it shares steps out better
+    than a median (benchmarks/README.md)."""
+    left_out = max(len(rates) // 4, 1)
+    return harmonic_mean(sorted(rates)[left_out:-left_out] or [max(rates)])
 
 
 def behind(speeds: Sequence[float], classes: Sequence[str]) -> list[int]:
@@ -137,7 +146,7 @@ class Balance:
             return None
         waiting = 1 - self.busy / self.passed if self.passed > self.busy else 0.0
         self.busy = self.passed = 0.0
-        everyone = gather_objects((median(self.rates) if self.rates else None, waiting, tell()))
+        everyone = gather_objects((steady(self.rates) if self.rates else None, waiting, tell()))
         measured, waits, told = (list(column) for column in zip(*everyone))
         if not all(measured):
             return None

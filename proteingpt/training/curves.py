@@ -31,7 +31,9 @@ CURVES = {
         "tokens/s", "read by a rank, over wall time, since the last exchange of speeds"
     ),
     "speed_by_rank/mfu": ("share", "as speed/mfu, of a rank against the data sheet of its own device"),
-    "speed_by_rank/computing_speed": ("tokens/s", "of a rank while it computes, the median of its last steps"),
+    "speed_by_rank/computing_speed": (
+        "tokens/s", "of a rank while it computes, by its last 10 steps but the slowest and fastest"
+    ),
     "speed_by_rank/agreed_share": ("share", "of a step's tokens that the speeds agreed upon give to a rank"),
     "time/goodput": ("share", "of the time that processes lived, over all starts, spent in useful steps"),
     "time/useful_steps": ("share", "the same, as a part among the parts"),

@@ -6,12 +6,14 @@ import time
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from proteingpt.config import DevicesConfig
 from proteingpt.data.loader import prefetch
 from proteingpt.data.shares import assign
 from proteingpt.training import balance as balance_module
-from proteingpt.training.balance import DEVICE_SPEEDS, IGNORED, LAG, MEMORY, STAYS, Balance, behind, first_guess
+from proteingpt.training.balance import DEVICE_SPEEDS, IGNORED, LAG, MEMORY, STAYS, Balance, behind, first_guess, steady
 
 DEPTH = inspect.signature(prefetch).parameters["depth"].default
 
@@ -98,10 +100,37 @@ def test_one_slow_step_moves_nothing(worlds, slow_step):
     assert all(speeds in ([1.0, 1.0], [1000.0, 1000.0]) for _, speeds in done[0]["agreed"])
 
 
-def test_a_rate_that_changes_for_good_is_the_median_within_the_memory(worlds):
+def test_steady_by_hand():
+    assert steady([300.0]) == 300.0
+    assert steady([10.0, 300.0]) == 300.0  # one of them may be slow for a reason of its own
+    assert steady([300.0, 1.0, 900.0]) == 300.0  # of three the middle one
+    assert steady([1.0, 100.0, 300.0, 900.0]) == 150.0  # twice as many tokens in 1/100 + 1/300 of the time
+    assert steady([5.0, 6.0, 100.0, 300.0, 100.0, 300.0, 8000.0, 9000.0]) == 150.0  # of eight the middle four
+
+
+speeds_seen = st.lists(st.floats(1.0, 1e6), min_size=1, max_size=2 * MEMORY)
+
+
+@given(speeds_seen, st.randoms(use_true_random=False))
+def test_steady_lies_within_and_knows_no_order(rates, random):
+    within = 1 + 1e-9
+    assert min(rates) / within <= steady(rates) <= max(rates) * within
+    shuffled = random.sample(rates, len(rates))
+    assert steady(shuffled) == steady(rates)
+
+
+@given(st.lists(st.floats(1.0, 1e6), min_size=2, max_size=MEMORY - 1), st.floats(1e-3, 1e12))
+def test_one_step_alone_never_takes_the_speed_beyond_the_others(rates, strange):
+    within = 1 + 1e-9
+    assert min(rates) / within <= steady([*rates, strange]) <= max(rates) * within
+
+
+def test_a_rate_that_changes_for_good_is_the_speed_within_the_memory(worlds):
+    """Eight of the ten that are looked at: the two before are the fastest, and left out."""
     rates = [[1000.0] * 60, [1000.0] * 10 + [500.0] * 50]
-    done = worlds(2)(observe_and_agree, DevicesConfig(exchange_every_steps=1), rates, None, range(10 + MEMORY // 2 + 1))
-    assert done[0]["agreed"][-2][1] == [1000.0, 1000.0] and done[0]["agreed"][-1][1] == [1000.0, 500.0]
+    done = worlds(2)(observe_and_agree, DevicesConfig(exchange_every_steps=1), rates, None, range(18))
+    before, last = [speeds for _, speeds in done[0]["agreed"][-2:]]
+    assert before[0] == last[0] == 1000.0 and last[1] == 500.0 < before[1] < 600.0
 
 
 @pytest.mark.parametrize("balance", ["equal", "fixed"])
@@ -204,15 +233,16 @@ def stay_behind(rank, device, rates) -> tuple[list, list]:
 
 
 def test_a_rank_that_stays_behind_is_named_until_it_is_not(worlds):
-    """Rates count from the third step on; then the median of up to five."""
-    rates = [[1000.0] * 16, [500.0] * 8 + [1000.0] * 8]
+    """Rates count from the third step on; then the middle of up to ten."""
+    rates = [[1000.0] * 16, [520.0] * 8 + [1000.0] * 8]
     first, second = worlds(2)(stay_behind, rates)
     assert first == second and first[:IGNORED] == [None] * IGNORED
     slow = [one[0] for one in first[IGNORED:]]
     named = [n for n, ranks in enumerate(slow) if ranks]
     assert named[0] == STAYS - 1 and all(slow[n] == [1] for n in named)
-    # Eight slow steps, of which two are not looked at; three of five must be fast again.
-    assert named[-1] == 6 + MEMORY // 2 - 1
+    # Of six slow steps that are looked at and five fast ones, ten: three of the middle six are slow, which makes 684.
+    # After one more it is two of six, and 764.
+    assert named[-1] == 6 + 5 - 1
     assert first[-1][1] == [0.75, 0.75]  # one second of four is work
 
 
