@@ -1,70 +1,100 @@
 """Two unlike ranks: tokens per second together, over the sum of what each does alone.
 
-    python -m benchmarks.mixed_devices [--steps 40] [--warm 15] [--rounds 3]
+    python -m benchmarks.mixed_devices [--blocks 16] [--packs 96]
 
-Two real ranks under ds_configs/zero2.json, each on a core of its own. The slow one shares its core with a process that
-only burns time, so it has half of it: a handicap from outside, which no clock in the trainer knows of. A round is three
-runs, one after another: each alone, as two worlds of one *at the same time*, so that what the cores take from each
-other (memory, caches, clock) they take here as well; together with measured speeds; together with an equal split.
-`ratio` is the median over the rounds of together over the sum of the alone of the same round, `limit` what whole packs
-and those two speeds imply, with communication free. Then a simulation of larger clusters, with published rates and
-noise.
+Two real ranks under ds_configs/zero2.json, each on a core of its own. The slow one is stopped from outside for 5 ms of
+every 10, whatever it is at: a device that gives it half its time, which no clock in the trainer knows of. Three pairs
+take turns of some steps each, since a shared machine is faster in one minute than in the next: each rank alone, as two
+worlds of one, counted while both run, so that what the cores take from each other (memory, caches, clock) they take
+here as well; together with measured speeds; together with an equal split. `ratio` is together over the sum of the
+alone, over all turns; `limit` what whole packs and those two speeds imply, with communication free. Then a simulation
+of larger clusters, with published rates and noise.
 """
 
 import argparse
+import ctypes
 import json
-import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 
 from benchmarks import world
 from proteingpt.config import DevicesConfig
 from proteingpt.data import shares as sharing
-from proteingpt.training.balance import LAG, MEMORY
+from proteingpt.training.balance import LAG, MEMORY, steady
 
 REPOSITORY = Path(__file__).parents[1]
+TOKENS_PER_PACK = 768
+MOST_STEPS = 10_000
+HALF_PERIOD_SECONDS = 0.005
+WARM_STEPS = 20  # until the ranks share out by what they have measured of each other
+# Steps of a turn, of the fast rank and of the slow. Alone, the fast one has more in the same time, and some to spare.
+ALONE, MEASURED, EQUAL = [4, 1], [3, 3], [2, 2]
+PR_SET_PDEATHSIG = 1
 # Tokens per second of 7B training on one GPU (LLM-Foundry's published table).
 H100, A100_40 = 10_643.0, 3_679.0
 
 
-def burn(core: int):
+class Handicap(threading.Thread):
+    """Halves what processes get of their core. A thread, at home on that core, that stops them and lets them go on."""
+
+    def __init__(self, core: int, processes: list[subprocess.Popen]):
+        super().__init__(daemon=True)
+        self.core, self.processes, self.over = core, processes, threading.Event()
+
+    def run(self):
+        os.sched_setaffinity(0, {self.core})
+        while not self.over.is_set():
+            for number in (signal.SIGSTOP, signal.SIGCONT):
+                for process in self.processes:
+                    process.send_signal(number)
+                time.sleep(HALF_PERIOD_SECONDS)
+
+    def end(self):
+        """They run on."""
+        self.over.set()
+        self.join()
+
+
+# -------------------------------------------------------------------------------------------------------- a rank
+
+
+class Over(Exception):
+    """No more steps are asked for."""
+
+
+class Turns:
+    """Steps as they are asked for: a line of standard input says how many."""
+
+    def __init__(self):
+        self.left = 0
+
+    def take(self):
+        """Waits until a step is due."""
+        if not self.left:
+            self.left = int(sys.stdin.readline() or 0)
+        if not self.left:
+            raise Over
+        self.left -= 1
+
+
+def work(directory: Path, core: int, num_packs: int, balance_mode: str):
+    """One rank: the trainer's own plan, engine, balance and loop. Each step's begin, end and tokens on a line; what the
+    ranks found out of each other when it is over."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a stopped process ends with its starter by nothing else
     os.sched_setaffinity(0, {core})
-    while True:
-        pass
-
-
-def start_rank(
-    directory: Path, rank: int, world_size: int, core: int, port: int, steps: tuple[int, int], balance: str
-) -> subprocess.Popen:
-    """steps: all, and those of them that are not counted."""
-    env = {
-        **os.environ, "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    command = [sys.executable, "-m", "benchmarks.mixed_devices", "--worker", str(directory), "--core", str(core)]
-    command += ["--steps", str(steps[0]), "--warm", str(steps[1]), "--balance", balance]
-    return subprocess.Popen(
-        command, env=env, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-
-
-def result(process: subprocess.Popen) -> dict:
-    out, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, f"a rank of the benchmark failed with exit code {process.returncode}"
-    return json.loads(out.splitlines()[-1])
-
-
-def work(directory: Path, core: int, steps: int, warm: int, balance_mode: str) -> dict:
-    """One rank: the trainer's own plan, engine, balance and loop. Tokens per second after the warm steps."""
-    os.sched_setaffinity(0, {core})
+    out = os.fdopen(os.dup(1), "w")  # libraries that print shall not print in between
+    os.dup2(2, 1)
     import torch
 
     from proteingpt.config import EncodersConfig, ModelConfig, StageConfig, read_ds_config
@@ -83,13 +113,13 @@ def work(directory: Path, core: int, steps: int, warm: int, balance_mode: str) -
     rank = detect(os.environ)
     device = start(rank)
     stage = StageConfig(
-        **{**world.STAGE, "epochs": 1000}, max_steps=steps, tokens_per_step=96 * 768, tokens_per_pack=768,
-        questions_per_group=8,
-    )
+        **{**world.STAGE, "epochs": 10_000}, max_steps=MOST_STEPS, tokens_per_step=num_packs * TOKENS_PER_PACK,
+        tokens_per_pack=TOKENS_PER_PACK, questions_per_group=8,
+    )  # fmt: skip
     prompt = Prompt(assemble.load_tokenizer(str(directory / "llm")), TEMPLATES["released", "instruct"], 256)
     shards = ShardSet(directory, "train")
     data = StageData(shards, build_index(shards, "instruct", prompt), prompt.prefix_ids, np.arange(len(shards)))
-    steps_plan = TrainingPlan(data, stage, seed=0)
+    plan = TrainingPlan(data, stage, seed=0)
     files = EncodersConfig(
         esm2=str(directory / "esm2_demo.pt"), esm_if1=str(directory / "esm_if1_demo.pt"), dtype="float32"
     )
@@ -101,35 +131,46 @@ def work(directory: Path, core: int, steps: int, warm: int, balance_mode: str) -
     )  # fmt: skip
     engine = Engine(model, stage, ds_config)
     balance = Balance(DevicesConfig(balance=balance_mode), device)
-    reports, waiting = [], []
+    reports, waiting, turns = [], [], Turns()
+
+    def tell(what):
+        print(json.dumps(what), file=out, flush=True)
 
     class Recorder:
         def step(self, number, report):
             reports.append(report)
+            tell([time.monotonic() - report.seconds, time.monotonic(), report.num_tokens])
 
         def ranks(self, step, exchanged):
-            waiting.append(exchanged.waiting)
+            if step >= WARM_STEPS + DevicesConfig().exchange_every_steps:
+                waiting.append(exchanged.waiting)
 
     def share(step: int) -> Share:
         return Share(rank.rank, balance.speeds(step), [None] * rank.world_size, False)
 
     def read(first: int):
-        return prefetch(lambda step: steps_plan.work(step, share(step)), first, steps)
+        return prefetch(lambda step: plan.work(step, share(step)), first, MOST_STEPS)
 
     engine.module.train()
     encoders = Remembering(pair, 2**30)
-    train(
-        engine, encoders, read, stage, Recorder(), balance, device, first_step=0, num_steps=steps,
-        after_step=lambda step: None,
-    )  # fmt: skip
-    counted = reports[warm:]
-    return {
-        "tokens_per_second": sum(r.num_tokens for r in counted) / sum(r.seconds for r in counted),
-        "waiting_share": sum(r.waiting_seconds for r in counted) / sum(r.seconds for r in counted),
-        "speeds": balance.agreed[-1][1],
-        "not_computing": waiting[-1] if waiting else None,
-        "pack_tokens": [steps_plan.packs(step)[1] for step in range(warm, steps)],
-    }
+    with suppress(Over):
+        turns.take()
+        train(
+            engine, encoders, read, stage, Recorder(), balance, device, first_step=0, num_steps=MOST_STEPS,
+            after_step=lambda step: turns.take(),
+        )  # fmt: skip
+    counted = reports[WARM_STEPS:] or reports
+    tell(
+        {
+            "waiting_share": sum(r.waiting_seconds for r in counted) / sum(r.seconds for r in counted),
+            "speeds": balance.agreed[-1][1],
+            "not_computing": np.mean(waiting, axis=0).tolist() if waiting else None,  # of each rank
+            "pack_tokens": [plan.packs(step)[1] for step in range(len(reports))],
+        }
+    )
+
+
+# ------------------------------------------------------------------------------------------------- those who start it
 
 
 def free_port() -> int:
@@ -138,10 +179,40 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def together(directory: Path, cores: list[int], steps: tuple[int, int], balance: str) -> dict:
+def start_world(directory: Path, cores: list[int], num_packs: int, balance: str) -> Iterator[subprocess.Popen]:
+    """A rank on each core. It does nothing before it is asked."""
     port = free_port()
-    ranks = [start_rank(directory, r, 2, core, port, steps, balance) for r, core in enumerate(cores)]
-    return [result(process) for process in ranks][0]
+    for rank, core in enumerate(cores):
+        env = {
+            **os.environ, "RANK": str(rank), "WORLD_SIZE": str(len(cores)), "LOCAL_RANK": str(rank),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        command = [sys.executable, "-m", "benchmarks.mixed_devices", "--worker", str(directory), "--core", str(core)]
+        command += ["--packs", str(num_packs), "--balance", balance]
+        with open(directory / "errors.log", "a") as errors:
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors, "text": True}
+            yield subprocess.Popen(command, env=env, cwd=REPOSITORY, **pipes)
+
+
+def turn(ranks: list[subprocess.Popen], num_steps: list[int]) -> list[list[list[float]]]:
+    """Each rank does so many steps, all from now on: (began, ended, tokens) of each."""
+    for rank, count in zip(ranks, num_steps, strict=True):
+        rank.stdin.write(f"{count}\n")
+        rank.stdin.flush()
+    spans = [[json.loads(rank.stdout.readline()) for _ in range(count)] for rank, count in zip(ranks, num_steps)]
+    ended = min(of[-1][1] for of in spans)  # then the first of them has no more to do
+    return [[span for span in of if span[1] <= ended] for of in spans]
+
+
+def finish(rank: subprocess.Popen) -> dict:
+    out, _ = rank.communicate(timeout=300)  # closes its input, which ends it
+    return json.loads(out.splitlines()[-1])
+
+
+def rate(turns: list[list[list[float]]]) -> float:
+    """Tokens per second over turns of steps (began, ended, tokens)."""
+    tokens = sum(tokens for spans in turns for *_, tokens in spans)
+    return tokens / sum(spans[-1][1] - spans[0][0] for spans in turns)
 
 
 def limit(pack_tokens: list[list[int]], speeds: list[float]) -> float:
@@ -154,37 +225,55 @@ def limit(pack_tokens: list[list[int]], speeds: list[float]) -> float:
     return total / seconds / sum(speeds)
 
 
-def one_round(directory: Path, fast: int, slow: int, steps: tuple[int, int]) -> dict:
-    ranks = [start_rank(directory, 0, 1, core, free_port(), steps, "equal") for core in (fast, slow)]
-    alone = [result(process)["tokens_per_second"] for process in ranks]
-    measured = together(directory, [fast, slow], steps, "measured")
-    equal = together(directory, [fast, slow], steps, "equal")
-    return {
-        "ratio": measured["tokens_per_second"] / sum(alone),
-        "limit": limit(measured["pack_tokens"], alone),
-        "equal_split": equal["tokens_per_second"] / sum(alone),
-        "equal_split_limit": 2 * min(alone) / sum(alone),
-        "slow_over_fast": alone[1] / alone[0],
-        "measured_slow_over_fast": measured["speeds"][1] / measured["speeds"][0],
-        "together_tokens_per_second": measured["tokens_per_second"],
-        "alone_tokens_per_second": alone,
-        "waiting_for_data_share": measured["waiting_share"],
-        "not_computing_share": measured["not_computing"],
-    }
-
-
-def measure(directory: Path, steps: tuple[int, int], num_rounds: int) -> dict:
+def measure(directory: Path, num_blocks: int, num_packs: int) -> dict:
     world.write_world(directory, 24, width=96, num_layers=2, longest=150)
     fast, slow = sorted(os.sched_getaffinity(0))[:2]
-    burner = multiprocessing.Process(target=burn, args=(slow,), daemon=True)
-    burner.start()
+    ranks, blocks, handicap = [], [], None
     try:
-        rounds = [one_round(directory, fast, slow, steps) for _ in range(num_rounds)]
+        both = [fast, slow]
+        for cores, balance in (([fast], "equal"), ([slow], "equal"), (both, "measured"), (both, "equal")):
+            ranks += start_world(directory, cores, num_packs, balance)
+        alone, measured, equal = ranks[:2], ranks[2:4], ranks[4:]
+        handicap = Handicap(slow, [alone[1], measured[1], equal[1]])
+        handicap.start()
+        for pair, num_steps in ((alone, [1, 1]), (equal, [1, 1]), (measured, [WARM_STEPS] * 2)):
+            turn(pair, num_steps)
+        for number in range(num_blocks):
+            print(f"block {number + 1} of {num_blocks}", file=sys.stderr, flush=True)
+            turns = [turn(pair, steps) for pair, steps in ((alone, ALONE), (measured, MEASURED), (equal, EQUAL))]
+            assert handicap.is_alive() and all(turns[0]), "the handicap failed, or was more than threefold"
+            blocks.append([*turns[0], turns[1][0], turns[2][0]])
+        handicap.end()
+        told = [finish(rank) for rank in ranks][2]
+    except (ValueError, IndexError, OSError):
+        sys.exit(f"a rank has failed: {(directory / 'errors.log').read_text()[-2000:]}")
     finally:
-        burner.terminate()
-        burner.join()
-    plain = [name for name, value in rounds[0].items() if isinstance(value, float)]
-    return {**{name: median(done[name] for done in rounds) for name in plain}, "rounds": rounds}
+        if handicap:
+            handicap.end()
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    return figures_of(blocks, told)
+
+
+def figures_of(blocks: list[list[list[list[float]]]], told: dict) -> dict:
+    """blocks: in each the spans of fast alone, slow alone, both with measured speeds, both with an equal split. told:
+    what the ranks with measured speeds said at the end."""
+    fast, slow, together, equal = (rate([block[way] for block in blocks]) for way in range(4))
+    by_block = [rate([block[2]]) / (rate([block[0]]) + rate([block[1]])) for block in blocks]
+    return {
+        "ratio": together / (fast + slow),
+        "limit": limit(told["pack_tokens"], [fast, slow]),
+        "equal_split": equal / (fast + slow),
+        "equal_split_limit": 2 * min(fast, slow) / (fast + slow),
+        "slow_over_fast": slow / fast,
+        "measured_slow_over_fast": told["speeds"][1] / told["speeds"][0],
+        "together_tokens_per_second": together,
+        "alone_tokens_per_second": [fast, slow],
+        "waiting_for_data_share": told["waiting_share"],
+        "not_computing_share": told["not_computing"],
+        "ratio_by_block": by_block,
+    }
 
 
 # ------------------------------------------------------------------------------------------------------- simulation
@@ -192,15 +281,15 @@ def measure(directory: Path, steps: tuple[int, int], num_rounds: int) -> dict:
 
 def simulate(speeds: list[float], num_packs: int, noise: float, steps: int = 200, seed: int = 0) -> float:
     """Share of the summed speed that is reached, when each rank's speed wanders by `noise` (log-normal, each step) and
-    equal packs are handed out by what the trainer would have agreed upon: medians of the last steps, exchanged and in
-    force as there. Communication costs nothing here."""
+    equal packs are handed out by what the trainer would have agreed upon, exchanged and in force as there.
+    Communication costs nothing here."""
     rng = np.random.default_rng((seed, len(speeds), num_packs))
     true = np.array(speeds) * np.exp(noise * rng.normal(size=(steps, len(speeds))))
     counts, ahead, reached = counts_of(num_packs, speeds), {}, []
     for step in range(steps):
         if step and step % DevicesConfig().exchange_every_steps == 0:
-            measured = np.median(true[max(0, step - MEMORY) : step], axis=0)
-            ahead[step + LAG] = counts_of(num_packs, measured.tolist())
+            measured = [steady(rates) for rates in true[max(0, step - MEMORY) : step].T]
+            ahead[step + LAG] = counts_of(num_packs, measured)
         counts = ahead.pop(step, counts)
         reached.append(num_packs / sum(speeds) / (counts / true[step]).max())
     return float(np.mean(reached))
@@ -224,30 +313,25 @@ def simulations() -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--warm", type=int, default=15, help="steps until the ranks have measured each other [15]")
+    parser.add_argument("--blocks", type=int, default=16, help="turns of all pairs, half a minute each [16]")
+    parser.add_argument("--packs", type=int, default=96, help="packs of 768 tokens in a step [96]")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--core", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--balance", default="measured", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        print(json.dumps(work(args.worker, args.core, args.steps, args.warm, args.balance)))
+        work(args.worker, args.core, args.packs, args.balance)
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what burns time is ended with it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # its ranks are ended with it
     with tempfile.TemporaryDirectory() as directory:
-        figures = measure(Path(directory), (args.steps, args.warm), args.rounds)
+        figures = measure(Path(directory), args.blocks, args.packs)
     figures["simulated"] = simulations()
+    fast, slow = figures["alone_tokens_per_second"]
     lines = [
-        *(
-            "alone at the same time: fast {:,.0f} tokens/s, slow {:,.0f}; together {:.3f} of the sum (whole packs "
-            "allow {:.3f}); equal split {:.3f} (allowed: {:.3f})".format(
-                *done["alone_tokens_per_second"],
-                *(done[name] for name in ("ratio", "limit", "equal_split", "equal_split_limit")),
-            )
-            for done in figures["rounds"]
-        ),
-        f"median: {figures['ratio']:.3f} of the sum, equal split {figures['equal_split']:.3f}",
+        f"alone at the same time: fast {fast:,.0f} tokens/s, slow {slow:,.0f}",
+        f"together {figures['ratio']:.3f} of the sum (whole packs allow {figures['limit']:.3f}), by block "
+        + ", ".join(f"{ratio:.3f}" for ratio in figures["ratio_by_block"]),
+        f"equal split {figures['equal_split']:.3f} (allowed: {figures['equal_split_limit']:.3f})",
         *(f"simulated, {name}: {share:.3f} of the sum" for name, share in figures["simulated"].items()),
     ]
     world.print_figures(lines, figures)
