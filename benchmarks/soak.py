@@ -28,15 +28,16 @@ from proteingpt.training.signals import REQUEUE
 REPOSITORY = Path(__file__).parents[1]
 NUM_RANKS = 2
 HANG_SECONDS = 5
-FAULTY_SHARE = 0.45  # of the time that a run without faults takes, in the time asked for
+EVERY_STEPS = 20
+WARM_UP_STEPS = (20, 60, 160)  # the first makes the data
 
 
 def arguments(output: str, num_steps: int) -> list[str]:
-    """A demo whose second stage has `num_steps`; a checkpoint each 20, which are seconds."""
+    """A demo whose second stage has `num_steps`; a checkpoint each EVERY_STEPS, which are seconds."""
     settings = {
         "--ds_config": REPOSITORY / "ds_configs" / "zero2.json", "--output": output, "--demo.num_proteins": 40,
         "--evaluation.num_proteins": 2, "--align.max_steps": 2, "--instruct.max_steps": num_steps,
-        "--instruct.epochs": 100_000, "--instruct.samples_per_step": 16, "--checkpoint.every_steps": 20,
+        "--instruct.epochs": 100_000, "--instruct.samples_per_step": 16, "--checkpoint.every_steps": EVERY_STEPS,
         "--devices.hang_seconds": HANG_SECONDS, "--devices.balance": "equal",
     }  # fmt: skip
     return [str(part) for pair in settings.items() for part in pair]
@@ -142,9 +143,11 @@ def final_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def soak(folder: Path, minutes: float, every: float, seed: int) -> dict:
     os.environ["DS_ACCELERATOR"] = "cpu"
-    run(folder, "warm-up", 60, None)  # makes the data, and tells how fast this machine is
-    parts = summary(read_lines(folder / "warm-up" / NAME))
-    num_steps = max(40, int(FAULTY_SHARE * minutes * 60 * 62 / parts["seconds_by_part"]["useful_steps"]))
+    _, few, many = (run(folder, f"warm-up-{steps}", steps, None) for steps in WARM_UP_STEPS)
+    step_seconds = max(many - few, 1.0) / (WARM_UP_STEPS[2] - WARM_UP_STEPS[1])  # saves included
+    # A fault costs another start, half of the steps between two checkpoints, and where it is a hang the time to see it.
+    lost = few - (WARM_UP_STEPS[1] - EVERY_STEPS / 2) * step_seconds + HANG_SECONDS / len(FAULTS)
+    num_steps = max(40, int(minutes * 60 / step_seconds * every / (every + lost)))
     print(f"{num_steps} steps without faults", file=sys.stderr, flush=True)
     calm_seconds = run(folder, "calm", num_steps, None)
     chaos = Chaos(folder / "rough", every, seed)
