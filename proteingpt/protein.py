@@ -6,6 +6,7 @@ row i of every per-residue array is letter i of the sequence.
 
 import re
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -118,9 +119,9 @@ class Facts:
     nonpolymer_components: tuple[str, ...] | None = None  # bound ones, by component id
 
 
-@dataclass(frozen=True)
-class Turn:
-    """One question and its answer. Stage 1 is the same thing with an empty question and the description as answer."""
+class Turn(NamedTuple):
+    """One question and its answer. Stage 1 is the same thing with an empty question and the description as answer. A
+    tuple: an epoch reads millions, and these are made several times as fast."""
 
     question: str
     answer: str
