@@ -199,8 +199,12 @@ def turn(ranks: list[subprocess.Popen], num_steps: list[int]) -> list[list[list[
     for rank, count in zip(ranks, num_steps, strict=True):
         rank.stdin.write(f"{count}\n")
         rank.stdin.flush()
-    spans = [[json.loads(rank.stdout.readline()) for _ in range(count)] for rank, count in zip(ranks, num_steps)]
-    ended = min(of[-1][1] for of in spans)  # then the first of them has no more to do
+    return [[json.loads(rank.stdout.readline()) for _ in range(count)] for rank, count in zip(ranks, num_steps)]
+
+
+def while_all_ran(spans: list[list[list[float]]]) -> list[list[list[float]]]:
+    """The steps that had ended when the first rank had no more to do. They began together."""
+    ended = min(of[-1][1] for of in spans)
     return [[span for span in of if span[1] <= ended] for of in spans]
 
 
@@ -241,8 +245,9 @@ def measure(directory: Path, num_blocks: int, num_packs: int) -> dict:
         for number in range(num_blocks):
             print(f"block {number + 1} of {num_blocks}", file=sys.stderr, flush=True)
             turns = [turn(pair, steps) for pair, steps in ((alone, ALONE), (measured, MEASURED), (equal, EQUAL))]
-            assert handicap.is_alive() and all(turns[0]), "the handicap failed, or was more than threefold"
-            blocks.append([*turns[0], turns[1][0], turns[2][0]])
+            by_themselves = while_all_ran(turns[0])
+            assert handicap.is_alive() and all(by_themselves), "the handicap failed, or is none"
+            blocks.append([*by_themselves, turns[1][0], turns[2][0]])
         handicap.end()
         told = [finish(rank) for rank in ranks][2]
     except (ValueError, IndexError, OSError):
