@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.mixed_devices import figures_of as figures_of_blocks
-from benchmarks.mixed_devices import simulate, while_all_ran
+from benchmarks.mixed_devices import simulate, until
 from benchmarks.saving import stall_share
 from proteingpt.data.shares import efficiency
 
@@ -112,7 +112,7 @@ def test_two_unlike_ranks_run_alone_and_together():
 def test_speeds_of_two_that_ran_at_the_same_time_by_hand():
     """In two blocks: 90 tokens in 3 s and 30 in 1 s alone, beside 35 in 3.5 s and 5 in 0.5 s; together 70 in 2 s."""
     fast, slow = [[1, 2, 30], [2, 3, 30], [3, 4, 30]], [[0.5, 4, 35]]
-    assert while_all_ran([[*fast, [4, 5, 30]], slow]) == [fast, slow]
+    assert until([*fast, [4, 5, 30]], slow[-1][1]) == fast and until(fast, 0.5) == fast[:1]
     first = [fast, slow, [[6, 7, 40], [7.5, 8, 30]], [[9, 10, 20]]]
     second = [fast[:1], [[1, 1.5, 5]], fast[:1], fast[:1]]
     told = {"pack_tokens": [[10] * 4], "speeds": [30.0, 11.0], "waiting_share": 0.0, "not_computing": [0.1, 0.2]}
