@@ -16,7 +16,6 @@ import ctypes
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -32,6 +31,7 @@ from benchmarks import world
 from proteingpt.config import DevicesConfig
 from proteingpt.data import shares as sharing
 from proteingpt.training.balance import LAG, MEMORY, steady
+from proteingpt.training.restarts import free_port
 
 REPOSITORY = Path(__file__).parents[1]
 TOKENS_PER_PACK = 768
@@ -171,12 +171,6 @@ def work(directory: Path, core: int, num_packs: int, balance_mode: str):
 
 
 # ------------------------------------------------------------------------------------------------- those who start it
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def start_world(directory: Path, cores: list[int], num_packs: int, balance: str) -> Iterator[subprocess.Popen]:

@@ -121,7 +121,7 @@ class Facts:
 
 class Turn(NamedTuple):
     """One question and its answer. Stage 1 is the same thing with an empty question and the description as answer. A
-    tuple: an epoch reads millions, and these are made several times as fast."""
+    tuple, as millions are read of it and a frozen dataclass costs more to make."""
 
     question: str
     answer: str
